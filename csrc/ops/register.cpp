@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operator's schema and its kernels, through LibTorch's stable ABI.
+//
+// The kernels are boxed by hand: TORCH_BOX leaks every string argument with headers before 2.14
+// (pytorch#191340). Each stack slot owns its value and must be taken exactly once, so a kernel takes
+// all of them before anything can fail.
+#include <torch/csrc/stable/library.h>
+
+#include "../cpu/forward.h"
+#include "forward.h"
+
+#define PFA_SCHEMA(name, lengths)                                                              \
+  name                                                                                         \
+      "(Tensor query, Tensor key, Tensor value, *, Tensor? pse_shift=None, "                   \
+      "Tensor? padding_mask=None, Tensor? atten_mask=None, " lengths                           \
+      " actual_seq_lengths=None, Tensor? deq_scale1=None, Tensor? quant_scale1=None, "         \
+      "Tensor? deq_scale2=None, Tensor? quant_scale2=None, Tensor? quant_offset2=None, "       \
+      "int num_heads=1, float scale_value=1.0, int pre_tokens=2147483647, int next_tokens=0, " \
+      "str input_layout=\"BSH\", int num_key_value_heads=0, " lengths                          \
+      " actual_seq_lengths_kv=None, int sparse_mode=0) -> Tensor"
+
+namespace pfa {
+namespace {
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+std::string take_string(StableIValue value) {
+  auto* handle = to<StringHandle>(value);
+  const char* data = nullptr;
+  size_t size = 0;
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &size));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, size);
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
+}
+
+std::optional<Tensor> take_tensor(StableIValue value) { return to<std::optional<Tensor>>(value); }
+
+Lengths take_list(StableIValue value) {
+  return {to<std::optional<std::vector<int64_t>>>(value), std::nullopt};
+}
+
+Lengths take_lengths_tensor(StableIValue value) { return {std::nullopt, take_tensor(value)}; }
+
+// The order is the schema's.
+template <Lengths (*kTakeLengths)(StableIValue)>
+Arguments take_arguments(const StableIValue* stack) {
+  return Arguments{to<Tensor>(stack[0]),      to<Tensor>(stack[1]),    to<Tensor>(stack[2]),
+                   take_tensor(stack[3]),     take_tensor(stack[4]),   take_tensor(stack[5]),
+                   kTakeLengths(stack[6]),    take_tensor(stack[7]),   take_tensor(stack[8]),
+                   take_tensor(stack[9]),     take_tensor(stack[10]),  take_tensor(stack[11]),
+                   to<int64_t>(stack[12]),    to<double>(stack[13]),   to<int64_t>(stack[14]),
+                   to<int64_t>(stack[15]),    take_string(stack[16]),  to<int64_t>(stack[17]),
+                   kTakeLengths(stack[18]),   to<int64_t>(stack[19])};
+}
+
+template <Lengths (*kTakeLengths)(StableIValue)>
+void boxed_forward(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
+  const Arguments args = take_arguments<kTakeLengths>(stack);
+  stack[0] = from(forward(args));
+}
+
+void boxed_cpu_isa(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
+  stack[0] = from(cpu::isa());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(pfa, m) {
+  m.def(PFA_SCHEMA("forward", "SymInt[]?"));
+  m.def(PFA_SCHEMA("forward.tensor_lens", "Tensor?"));
+  m.def("_cpu_isa() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pfa, CPU, m) {
+  m.impl("forward", &boxed_forward<take_list>);
+  m.impl("forward.tensor_lens", &boxed_forward<take_lengths_tensor>);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pfa, CompositeExplicitAutograd, m) { m.impl("_cpu_isa", &boxed_cpu_isa); }
+
+}  // namespace pfa
