@@ -150,15 +150,11 @@ def _why_not(
     if head_dim > _MAX_HEAD_DIM:
         return f"head dimension {head_dim}"
     added = [tensor for tensor in (attention_mask, position_bias) if tensor is not None]
-    if any(t.dim() != 4 for t in added) or (attention_mask is not None and not _is_mask(attention_mask)):
+    if not all(t.dim() == 4 and (t.dtype == torch.bool or t.is_floating_point()) for t in added):
         return "a mask or bias of unusual rank or dtype"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, *added)):
         return "gradients are asked for"
     return None
-
-
-def _is_mask(mask: torch.Tensor) -> bool:
-    return mask.dtype == torch.bool or mask.dtype.is_floating_point
 
 
 def _split_mask(
