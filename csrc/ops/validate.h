@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// The only place where a call is judged: Arguments in, Problem and output out, or one sentence.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../problem.h"
+#include "arguments.h"
+
+namespace pfa {
+
+// What a backend has to compute and everything its pointers point into.
+struct Call {
+  Problem problem;
+  Tensor out;               // fresh and contiguous
+  bool nothing_to_compute;  // out is final as it stands
+  std::vector<Tensor> copies;
+  std::vector<int64_t> seqused_q, seqused_k;
+};
+
+// Throws std::runtime_error before anything is computed or copied.
+[[nodiscard]] Call make_call(const Arguments& args);
+
+}  // namespace pfa
