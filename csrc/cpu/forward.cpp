@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+// Cuts a call into waves of kv heads that fit the workspace; packs each wave's keys and values,
+// then runs its query blocks, both on the caller's threads.
+#include "forward.h"
+
+#include <atomic>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "isa.h"
+#include "plan.h"
+
+namespace pfa::cpu {
+namespace {
+
+// Packed keys and values of one wave. Below glibc's 32 MiB ceiling for memory that malloc keeps
+// between calls: fresh pages would cost a fault every 4 KiB.
+constexpr int64_t kWorkspaceBytes = int64_t{24} << 20;
+
+struct FreeAligned {
+  void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{64}); }
+};
+using Buffer = std::unique_ptr<std::byte, FreeAligned>;
+
+Buffer allocate(int64_t bytes) {
+  return Buffer(static_cast<std::byte*>(
+      ::operator new(static_cast<size_t>(std::max<int64_t>(bytes, 64)), std::align_val_t{64})));
+}
+
+// Runs body(task, worker) for every task, each worker taking the next task when it is free.
+template <class Body>
+void run_dynamic(const Executor& executor, int64_t tasks, const Body& body) {
+  struct Context {
+    const Body& body;
+    std::atomic<int64_t> next;
+    int64_t tasks;
+  } context{body, {0}, tasks};
+  const int64_t workers = std::min<int64_t>(executor.num_threads, tasks);
+  executor.run(
+      workers,
+      [](int64_t begin, int64_t end, void* opaque) {
+        auto& shared = *static_cast<Context*>(opaque);
+        for (int64_t worker = begin; worker < end; ++worker) {
+          for (int64_t task; (task = shared.next.fetch_add(1)) < shared.tasks;) {
+            shared.body(task, worker);
+          }
+        }
+      },
+      &context);
+}
+
+// What a dense mask leaves of each kBlockM x kPanel piece.
+class VisibilityMap {
+ public:
+  VisibilityMap(const Problem& problem, const Executor& executor)
+      : problem_(problem),
+        masks_(problem.mask.batch == 0 ? 1 : problem.batch),
+        blocks_(ceil_div(problem.seqlen_q, kBlockM)),
+        panels_(ceil_div(problem.seqlen_k, kPanel)),
+        map_(static_cast<size_t>(masks_ * blocks_ * panels_), Visibility::kNone) {
+    run_dynamic(executor, masks_ * blocks_, [this](int64_t task, int64_t) {
+      classify(task / blocks_, task % blocks_);
+    });
+  }
+
+  void attach(Plan& plan) const {
+    plan.visibility = map_.data();
+    plan.visibility_batch = masks_ == 1 ? 0 : blocks_ * panels_;
+    plan.visibility_row = panels_;
+  }
+
+ private:
+  // A mask that several batch elements share is classified over the longest of them: mask bytes
+  // past a shorter one's length exist, and calling a piece kSome is always safe.
+  void classify(int64_t b, int64_t block) {
+    const bool shared = masks_ == 1;
+    const int64_t rows = shared ? problem_.seqlen_q : problem_.rows_used(b);
+    const int64_t keys = shared ? problem_.seqlen_k : problem_.keys_used(b);
+    const int64_t row_begin = block * kBlockM, row_end = std::min(rows, row_begin + kBlockM);
+    Visibility* out = map_.data() + (b * blocks_ + block) * panels_;
+    for (int64_t panel = 0; panel * kPanel < keys; ++panel) {
+      const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, keys - first);
+      bool any_kept = false, any_masked = false;
+      for (int64_t row = row_begin; row < row_end && !(any_kept && any_masked); ++row) {
+        const uint8_t* mask = problem_.mask.data + b * problem_.mask.batch +
+                              row * problem_.mask.row + first;
+        int64_t masked = 0;
+        for (int64_t j = 0; j < count; ++j) masked += mask[j] != 0;
+        any_masked |= masked > 0;
+        any_kept |= masked < count;
+      }
+      out[panel] = !any_kept    ? Visibility::kNone
+                   : any_masked ? Visibility::kSome
+                                : Visibility::kAll;
+    }
+  }
+
+  const Problem& problem_;
+  int64_t masks_, blocks_, panels_;
+  std::vector<Visibility> map_;
+};
+
+// Key tiles of one batch element that any of its rows sees.
+struct TileRange {
+  int64_t begin = 0, end = 0;
+  [[nodiscard]] int64_t size() const { return end - begin; }
+};
+
+TileRange tiles_of(const Plan& plan, int64_t b) {
+  const int64_t rows = plan.problem->rows_used(b);
+  if (rows == 0) return {};
+  const Plan::Range keys = plan.keys_of_rows(b, 0, rows);
+  if (keys.begin >= keys.end) return {};
+  return {keys.begin / plan.block_n, ceil_div(keys.end, plan.block_n)};
+}
+
+// Consecutive (batch, kv head) pairs whose packed tiles fit the workspace together.
+struct Wave {
+  struct Entry {
+    int64_t b, head_k;
+    TileRange tiles;
+    int64_t offset;  // of its first tile in the workspace, in tiles
+  };
+  std::vector<Entry> entries;
+  int64_t tiles = 0;
+};
+
+class Forward {
+ public:
+  Forward(const Problem& problem, const Kernel& kernel, const Executor& executor)
+      : problem_(problem), kernel_(kernel), executor_(executor) {
+    plan_.problem = &problem;
+    plan_.block_n = problem.head_dim <= 256 ? kMaxBlockN : kMaxBlockN / 2;
+    plan_.d_panels = static_cast<int>(ceil_div(problem.head_dim, kPanel));
+    kernel.configure(plan_);
+  }
+
+  void run() {
+    std::unique_ptr<VisibilityMap> visibility;
+    if (problem_.mask.data != nullptr) {
+      visibility = std::make_unique<VisibilityMap>(problem_, executor_);
+      visibility->attach(plan_);
+    }
+    const std::vector<Wave> waves = plan_waves();
+    int64_t most_tiles = 0;
+    for (const Wave& wave : waves) most_tiles = std::max(most_tiles, wave.tiles);
+    workspace_ = allocate(most_tiles * plan_.tile_bytes);
+    scratch_ = allocate(executor_.num_threads * plan_.scratch_bytes);
+    for (const Wave& wave : waves) run_wave(wave);
+  }
+
+ private:
+  [[nodiscard]] std::vector<Wave> plan_waves() const {
+    std::vector<Wave> waves(1);
+    for (int64_t b = 0; b < problem_.batch; ++b) {
+      const TileRange tiles = tiles_of(plan_, b);
+      for (int64_t head_k = 0; head_k < problem_.num_heads_k; ++head_k) {
+        const Wave& last = waves.back();
+        const int64_t bytes = (last.tiles + tiles.size()) * plan_.tile_bytes;
+        if (!last.entries.empty() && bytes > kWorkspaceBytes) waves.emplace_back();
+        Wave& wave = waves.back();
+        wave.entries.push_back({b, head_k, tiles, wave.tiles});
+        wave.tiles += tiles.size();
+      }
+    }
+    return waves;
+  }
+
+  void run_wave(const Wave& wave) {
+    std::vector<int64_t> owner(static_cast<size_t>(wave.tiles));
+    for (size_t e = 0; e < wave.entries.size(); ++e) {
+      const Wave::Entry& entry = wave.entries[e];
+      std::fill_n(owner.begin() + entry.offset, entry.tiles.size(), static_cast<int64_t>(e));
+    }
+    run_dynamic(executor_, wave.tiles, [&](int64_t task, int64_t) {
+      const Wave::Entry& entry = wave.entries[static_cast<size_t>(owner[static_cast<size_t>(task)])];
+      kernel_.pack(plan_, entry.b, entry.head_k, entry.tiles.begin + task - entry.offset,
+                   workspace_.get() + task * plan_.tile_bytes);
+    });
+    const int64_t blocks = ceil_div(problem_.seqlen_q, kBlockM);
+    const int64_t group = problem_.heads_per_group();
+    const auto entries = static_cast<int64_t>(wave.entries.size());
+    run_dynamic(executor_, entries * group * blocks, [&](int64_t task, int64_t worker) {
+      const Wave::Entry& entry = wave.entries[static_cast<size_t>(task / (group * blocks))];
+      const int64_t in_group = task / blocks % group;
+      const int64_t block = blocks - 1 - task % blocks;  // of causal bands the longest first
+      kernel_.attend(plan_, entry.b, entry.head_k * group + in_group, block,
+                     workspace_.get() + entry.offset * plan_.tile_bytes, entry.tiles.begin,
+                     scratch_.get() + worker * plan_.scratch_bytes);
+    });
+  }
+
+  const Problem& problem_;
+  const Kernel& kernel_;
+  const Executor& executor_;
+  Plan plan_;
+  Buffer workspace_, scratch_;
+};
+
+}  // namespace
+
+void forward(const Problem& problem, const Executor& executor) {
+  Forward(problem, *select_isa().kernel(problem.dtype), executor).run();
+}
+
+}  // namespace pfa::cpu

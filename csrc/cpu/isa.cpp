@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "isa.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "forward.h"
+#include "target.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace pfa::cpu {
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512_vnni() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+bool has_avx512() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+#else
+bool has_avx2() { return false; }
+bool has_avx512_vnni() { return false; }
+bool has_avx512() { return false; }
+#endif
+
+bool always() { return true; }
+
+constexpr Isa kIsas[] = {  // best first
+    {"avx512", has_avx512, avx512_kernel},
+    {"avx512_vnni", has_avx512_vnni, avx512_vnni_kernel},
+    {"avx2", has_avx2, avx2_kernel},
+    {"portable", always, portable_kernel},
+};
+
+const Isa& best_isa() {
+  for (const Isa& isa : kIsas) {
+    if (isa.supported()) return isa;
+  }
+  return kIsas[std::size(kIsas) - 1];
+}
+
+}  // namespace
+
+const Isa& select_isa() {
+  const char* wanted = std::getenv("PFA_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') {
+    static const Isa& best = best_isa();
+    return best;
+  }
+  std::string names;
+  for (const Isa& isa : kIsas) {
+    if (std::strcmp(isa.name, wanted) == 0) {
+      if (isa.supported()) return isa;
+      throw std::runtime_error("PFA_CPU_ISA must name an instruction set of this processor, which lacks " +
+                               std::string(wanted) + "; the best it has is " + best_isa().name);
+    }
+    names += names.empty() ? isa.name : std::string(", ") + isa.name;
+  }
+  throw std::runtime_error("PFA_CPU_ISA must be one of " + names + ", got " + wanted);
+}
+
+std::string isa() { return select_isa().name; }
+
+}  // namespace pfa::cpu

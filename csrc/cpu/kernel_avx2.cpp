@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels for processors with AVX2, FMA and F16C: every dtype through fp32. An int8 product
+// through 16-bit pairs would take as many instructions as the fp32 FMA, which is exact here.
+#include "target.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define PFA_ISA avx2
+
+// clang-format off: each builds on those above it
+#include "simd_avx2.h"
+#include "dot.h"
+#include "pack.h"
+#include "softmax.h"
+#include "attend.h"
+// clang-format on
+
+namespace pfa::cpu::avx2 {
+const Kernel kFloat = make_kernel<DotF32<false>>();
+const Kernel kInt8 = make_kernel<DotF32<true>>();
+}  // namespace pfa::cpu::avx2
+#pragma GCC pop_options
+
+namespace pfa::cpu {
+const Kernel* avx2_kernel(DType dtype) {
+  return dtype == DType::kInt8 ? &avx2::kInt8 : &avx2::kFloat;
+}
+}  // namespace pfa::cpu
+
+#else
+
+namespace pfa::cpu {
+const Kernel* avx2_kernel(DType) { return nullptr; }
+}  // namespace pfa::cpu
+
+#endif

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels for processors with AVX-512 and VNNI, with and without AVX512_BF16.
+#include "target.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
+#define PFA_ISA avx512
+
+// clang-format off: each builds on those above it
+#include "simd_avx512.h"
+#include "dot.h"
+#include "dots_avx512.h"
+#include "pack.h"
+#include "softmax.h"
+#include "attend.h"
+// clang-format on
+
+namespace pfa::cpu::avx512 {
+const Kernel kBf16 = make_kernel<DotBf16>();
+const Kernel kFp32 = make_kernel<DotF32<false>>();
+const Kernel kInt8 = make_kernel<DotI8>();
+}  // namespace pfa::cpu::avx512
+#pragma GCC pop_options
+
+namespace pfa::cpu {
+
+const Kernel* avx512_vnni_kernel(DType dtype) {
+  return dtype == DType::kInt8 ? &avx512::kInt8 : &avx512::kFp32;
+}
+
+const Kernel* avx512_kernel(DType dtype) {
+  return dtype == DType::kBFloat16 ? &avx512::kBf16 : avx512_vnni_kernel(dtype);
+}
+
+}  // namespace pfa::cpu
+
+#else
+
+namespace pfa::cpu {
+const Kernel* avx512_vnni_kernel(DType) { return nullptr; }
+const Kernel* avx512_kernel(DType) { return nullptr; }
+}  // namespace pfa::cpu
+
+#endif
