@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused prompt attention as one PyTorch operator, ``torch.ops.pfa.forward``."""
 
-import pathlib
-
-import torch
-
+from . import _library
 from ._version import __version__
+from .api import prompt_flash_attention
+from .portable import check_portable
+from .quant import trans_quant_param
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "check_portable", "prompt_flash_attention", "trans_quant_param"]
 
-torch.ops.load_library(str(pathlib.Path(__file__).with_name("_C.abi3.so")))
+if _library.load_error is None:
+    from . import _fake  # noqa: F401  (registers the operator's shape rule)

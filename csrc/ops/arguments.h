@@ -13,7 +13,8 @@ namespace pfa {
 
 using torch::stable::Tensor;
 
-// A host list (overload "forward") or an integer tensor on the call's device ("forward.tensor_lens").
+// A host list (overload "forward") or an integer tensor on the call's device
+// ("forward.tensor_lens").
 struct Lengths {
   std::optional<std::vector<int64_t>> list;
   std::optional<Tensor> tensor;

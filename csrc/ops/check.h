@@ -23,8 +23,8 @@ template <class... Parts>
 }
 
 // The parts are evaluated only when the check fails.
-#define PFA_CHECK(condition, ...)           \
-  do {                                      \
+#define PFA_CHECK(condition, ...)             \
+  do {                                        \
     if (!(condition)) pfa::fail(__VA_ARGS__); \
   } while (false)
 

@@ -33,8 +33,9 @@ void check_inference(const Arguments& args) {
   if (!aoti_torch_grad_mode_is_enabled()) return;
   const auto check = [](const char* name, const std::optional<Tensor>& tensor) {
     if (!tensor || !requires_grad(*tensor)) return;
-    throw std::runtime_error(std::string("pfa.forward is inference-only and has no gradient, but ") +
-                             name + " requires grad: detach it or call under torch.no_grad()");
+    throw std::runtime_error(
+        std::string("pfa.forward is inference-only and has no gradient, but ") + name +
+        " requires grad: detach it or call under torch.no_grad()");
   };
   check("query", args.query);
   check("key", args.key);

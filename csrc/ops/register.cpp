@@ -2,22 +2,21 @@
 // The operator's schema and its kernels, through LibTorch's stable ABI.
 //
 // The kernels are boxed by hand: TORCH_BOX leaks every string argument with headers before 2.14
-// (pytorch#191340). Each stack slot owns its value and must be taken exactly once, so a kernel takes
-// all of them before anything can fail.
+// (pytorch#191340). Each stack slot owns its value and must be taken exactly once, so a kernel
+// takes all of them before anything can fail.
 #include <torch/csrc/stable/library.h>
 
 #include "../cpu/forward.h"
 #include "forward.h"
 
-#define PFA_SCHEMA(name, lengths)                                                              \
-  name                                                                                         \
-      "(Tensor query, Tensor key, Tensor value, *, Tensor? pse_shift=None, "                   \
-      "Tensor? padding_mask=None, Tensor? atten_mask=None, " lengths                           \
-      " actual_seq_lengths=None, Tensor? deq_scale1=None, Tensor? quant_scale1=None, "         \
-      "Tensor? deq_scale2=None, Tensor? quant_scale2=None, Tensor? quant_offset2=None, "       \
-      "int num_heads=1, float scale_value=1.0, int pre_tokens=2147483647, int next_tokens=0, " \
-      "str input_layout=\"BSH\", int num_key_value_heads=0, " lengths                          \
-      " actual_seq_lengths_kv=None, int sparse_mode=0) -> Tensor"
+#define PFA_SCHEMA(name, lengths)                                                               \
+  name "(Tensor query, Tensor key, Tensor value, *, Tensor? pse_shift=None, "                   \
+       "Tensor? padding_mask=None, Tensor? atten_mask=None, " lengths                           \
+       " actual_seq_lengths=None, Tensor? deq_scale1=None, Tensor? quant_scale1=None, "         \
+       "Tensor? deq_scale2=None, Tensor? quant_scale2=None, Tensor? quant_offset2=None, "       \
+       "int num_heads=1, float scale_value=1.0, int pre_tokens=2147483647, int next_tokens=0, " \
+       "str input_layout=\"BSH\", int num_key_value_heads=0, " lengths                          \
+       " actual_seq_lengths_kv=None, int sparse_mode=0) -> Tensor"
 
 namespace pfa {
 namespace {
@@ -47,13 +46,13 @@ Lengths take_lengths_tensor(StableIValue value) { return {std::nullopt, take_ten
 // The order is the schema's.
 template <Lengths (*kTakeLengths)(StableIValue)>
 Arguments take_arguments(const StableIValue* stack) {
-  return Arguments{to<Tensor>(stack[0]),      to<Tensor>(stack[1]),    to<Tensor>(stack[2]),
-                   take_tensor(stack[3]),     take_tensor(stack[4]),   take_tensor(stack[5]),
-                   kTakeLengths(stack[6]),    take_tensor(stack[7]),   take_tensor(stack[8]),
-                   take_tensor(stack[9]),     take_tensor(stack[10]),  take_tensor(stack[11]),
-                   to<int64_t>(stack[12]),    to<double>(stack[13]),   to<int64_t>(stack[14]),
-                   to<int64_t>(stack[15]),    take_string(stack[16]),  to<int64_t>(stack[17]),
-                   kTakeLengths(stack[18]),   to<int64_t>(stack[19])};
+  return Arguments{to<Tensor>(stack[0]),    to<Tensor>(stack[1]),   to<Tensor>(stack[2]),
+                   take_tensor(stack[3]),   take_tensor(stack[4]),  take_tensor(stack[5]),
+                   kTakeLengths(stack[6]),  take_tensor(stack[7]),  take_tensor(stack[8]),
+                   take_tensor(stack[9]),   take_tensor(stack[10]), take_tensor(stack[11]),
+                   to<int64_t>(stack[12]),  to<double>(stack[13]),  to<int64_t>(stack[14]),
+                   to<int64_t>(stack[15]),  take_string(stack[16]), to<int64_t>(stack[17]),
+                   kTakeLengths(stack[18]), to<int64_t>(stack[19])};
 }
 
 template <Lengths (*kTakeLengths)(StableIValue)>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// sparse_mode, atten_mask, pse_shift, pre_tokens and next_tokens. Every mode becomes a band, with the
-// mask tensor on top in modes 0 and 1.
+// sparse_mode, atten_mask, pse_shift, pre_tokens and next_tokens. Every mode becomes a band, with
+// the mask tensor on top in modes 0 and 1.
 #include <algorithm>
 
 #include "check.h"
@@ -52,8 +52,9 @@ void check_tokens(const Arguments& args, const Problem& p) {
   const int64_t next = args.next_tokens;
   PFA_CHECK(pre >= 0 || next >= 0, "pre_tokens and next_tokens must not both be negative, got ",
             pre, " and ", next);
-  PFA_CHECK(Wide{pre} + next >= 0, "-next_tokens must be at most pre_tokens, got next_tokens = ",
-            next, " and pre_tokens = ", pre);
+  PFA_CHECK(Wide{pre} + next >= 0,
+            "-next_tokens must be at most pre_tokens, got next_tokens = ", next,
+            " and pre_tokens = ", pre);
   if (pre >= 0 && next >= 0) return;
   const bool known = lengths_are_known(args);
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -87,9 +88,10 @@ void check_mask_dtypes(const Arguments& args) {
   }
   if (args.atten_mask) {
     const ScalarType dtype = dtype_of(*args.atten_mask);
-    PFA_CHECK(dtype == ScalarType::Bool || dtype == ScalarType::Char || dtype == ScalarType::Byte,
-              "atten_mask must have dtype bool, int8 or uint8 with nonzero meaning masked out, got ",
-              dtype_text(*args.atten_mask), " (an additive mask goes to pse_shift)");
+    PFA_CHECK(
+        dtype == ScalarType::Bool || dtype == ScalarType::Char || dtype == ScalarType::Byte,
+        "atten_mask must have dtype bool, int8 or uint8 with nonzero meaning masked out, got ",
+        dtype_text(*args.atten_mask), " (an additive mask goes to pse_shift)");
   }
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// int8: which scales a call needs, forbids, and what they look like. Their values are never read here.
+// int8: which scales a call needs, forbids, and what they look like. Their values are never read
+// here.
 #include "check.h"
 #include "validate_steps.h"
 
@@ -21,8 +22,8 @@ void check_deq_dtype(const char* name, const std::optional<Tensor>& scale) {
 
 void check_given(const char* name, const std::optional<Tensor>& scale, bool int8_query) {
   PFA_CHECK(!int8_query || scale, name, " must be given when query is int8, got None");
-  PFA_CHECK(int8_query || !scale, name, " must be None unless query is int8, got a tensor of shape ",
-            shape_text(*scale));
+  PFA_CHECK(int8_query || !scale, name,
+            " must be None unless query is int8, got a tensor of shape ", shape_text(*scale));
 }
 
 void check_one_element(const char* name, const std::optional<Tensor>& scale) {
@@ -50,13 +51,14 @@ void check_scale_dtypes(const Arguments& args) {
   check_deq_dtype("deq_scale2", args.deq_scale2);
   if (args.deq_scale1 && args.deq_scale2) {
     PFA_CHECK(dtype_of(*args.deq_scale1) == dtype_of(*args.deq_scale2),
-              "deq_scale2 must have dtype ", dtype_text(*args.deq_scale1),
-              " like deq_scale1, got ", dtype_text(*args.deq_scale2));
+              "deq_scale2 must have dtype ", dtype_text(*args.deq_scale1), " like deq_scale1, got ",
+              dtype_text(*args.deq_scale2));
   }
   PFA_CHECK(!args.quant_scale1 || dtype_of(*args.quant_scale1) == ScalarType::Float,
             "quant_scale1 must have dtype float32, got ", dtype_text(*args.quant_scale1));
   const bool bfloat = args.query.scalar_type() == ScalarType::BFloat16;
-  const char* allowed = bfloat ? "float32 or bfloat16" : "float32 (bfloat16 needs a bfloat16 query)";
+  const char* allowed =
+      bfloat ? "float32 or bfloat16" : "float32 (bfloat16 needs a bfloat16 query)";
   const auto check_quant2 = [&](const char* name, const std::optional<Tensor>& tensor) {
     if (!tensor) return;
     const ScalarType dtype = dtype_of(*tensor);

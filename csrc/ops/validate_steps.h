@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The steps of make_call. check_* only judge; set_* judge, then write their fields of Problem. A step
-// relies on the steps before it, in the order of make_call.
+// The steps of make_call. check_* only judge; set_* judge, then write their fields of Problem. A
+// step relies on the steps before it, in the order of make_call.
 #pragma once
 
 #include <cstdint>

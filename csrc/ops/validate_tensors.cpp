@@ -77,9 +77,8 @@ void check_devices(const Arguments& args) {
 
 void check_dtypes(const Arguments& args) {
   const ScalarType dtype = dtype_of(args.query);
-  PFA_CHECK(
-      dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Char,
-      "query must have dtype float16, bfloat16 or int8, got ", dtype_text(args.query));
+  PFA_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Char,
+            "query must have dtype float16, bfloat16 or int8, got ", dtype_text(args.query));
   PFA_CHECK(dtype_of(args.key) == dtype, "key must have dtype ", dtype_text(args.query),
             " like query, got ", dtype_text(args.key));
   PFA_CHECK(dtype_of(args.value) == dtype, "value must have dtype ", dtype_text(args.query),
