@@ -25,6 +25,7 @@ struct BlockScratch {
     row_max = reinterpret_cast<float*>(take(kStateRows));
     row_sum = reinterpret_cast<float*>(take(kStateRows));
     q_step = reinterpret_cast<float*>(take(kStateRows));
+    q_norm = reinterpret_cast<float*>(take(kStateRows));
     end = at;
   }
   static int64_t bytes(const Plan& plan) { return BlockScratch(plan, nullptr).end - static_cast<std::byte*>(nullptr); }
@@ -38,6 +39,7 @@ struct BlockScratch {
   float* row_max;     // (kBlockM)
   float* row_sum;     // (kBlockM)
   float* q_step;      // (kBlockM) Dot::kScaled: real q = q_step * stored q
+  float* q_norm;      // (kBlockM) Dot::kScaled: of the real rows
   std::byte* end;
 };
 
@@ -78,12 +80,14 @@ void pack_queries(const Block& block, const BlockScratch<Dot>& scratch) {
     uint32_t* out = scratch.q + r * scratch.ldq;
     if (r >= block.rows) {
       std::memset(out, 0, static_cast<size_t>(scratch.ldq) * 4);
-      scratch.q_step[r] = 0.0f;
+      scratch.q_step[r] = scratch.q_norm[r] = 0.0f;
       continue;
     }
     const void* row = rows.row(block.row_begin + r);
     float scale = 1.0f;
-    if constexpr (Dot::kScaled) scale = Dot::choose_query_scale(rows, row, &scratch.q_step[r]);
+    if constexpr (Dot::kScaled) {
+      scale = Dot::choose_query_scale(rows, row, &scratch.q_step[r], &scratch.q_norm[r]);
+    }
     Dot::convert(rows.dtype, row, rows.d, padded, ChannelScale{&scale, 0},
                  reinterpret_cast<typename Dot::Element*>(stage));
     if constexpr (Dot::kUnsignedA) {
@@ -120,7 +124,8 @@ inline StripView<kRows> view_strip(const Block& block, int first, int64_t tile_b
   const Visibility* visibility = nullptr;
   if (block.plan.visibility) {
     visibility = block.plan.visibility + block.b * block.plan.visibility_batch +
-                 block.m_block * block.plan.visibility_row + tile_begin / kPanel;
+                 (block.row_begin + first) / kRows * block.plan.visibility_row +
+                 tile_begin / kPanel;
   }
   bool dense = false;
   for (int panel = 0; panel * kPanel < view.columns; ++panel) {
@@ -144,7 +149,7 @@ inline StripView<kRows> view_strip(const Block& block, int first, int64_t tile_b
 
 // s[r][i * 64 + ...] = q rows . keys of visible panel i
 template <class Dot>
-PFA_INLINE void score_strip(const TileLayout<Dot>& layout, const uint32_t* tile,
+PFA_NOINLINE void score_strip(const TileLayout<Dot>& layout, const uint32_t* tile,
                             const StripView<kRows>& view, const uint32_t* q, int64_t ldq,
                             uint32_t* s) {
   for (int i = 0; i < view.panels; ++i) {
@@ -177,7 +182,7 @@ PFA_INLINE void score_strip(const TileLayout<Dot>& layout, const uint32_t* tile,
 
 // o[r][channels of kCount vectors] = alpha[r] * o + p . values
 template <class Dot, int kCount>
-PFA_INLINE void accumulate_channels(const TileLayout<Dot>& layout, const uint32_t* tile,
+PFA_NOINLINE void accumulate_channels(const TileLayout<Dot>& layout, const uint32_t* tile,
                                     const StripView<kRows>& view, const uint32_t* p, int64_t ldp,
                                     const float* alpha, const float* p_step, int d_panel, int v,
                                     float* o, int64_t ldo) {
@@ -337,6 +342,63 @@ void store_block(const Block& block, const BlockScratch<Dot>& scratch) {
   }
 }
 
+// Attends tiles that fixed point would not serve well in fp32, packed here from the source; made
+// when the first such tile comes. Shares the running state of the block.
+class ExactTiles {
+ public:
+  using Dot = DotF32<false>;
+
+  template <class Other>
+  ExactTiles(const Block& block, const BlockScratch<Other>& scratch)
+      : block_(block), scratch_(block.plan, scratch.end) {
+    scratch_.o = scratch.o;
+    scratch_.row_max = scratch.row_max;
+    scratch_.row_sum = scratch.row_sum;
+  }
+  static int64_t bytes(const Plan& plan) {
+    return BlockScratch<Dot>::bytes(plan) + round_up(TileLayout<Dot>(plan).bytes(), 64);
+  }
+  void attend(int64_t tile_begin) {
+    if (!queries_packed_) pack_queries<Dot>(block_, scratch_);
+    queries_packed_ = true;
+    const int64_t head_k = block_.head / block_.problem.heads_per_group();
+    pack_tile<Dot>(block_.plan, block_.b, head_k, tile_begin, scratch_.end);
+    attend_tile<Dot>(block_, scratch_, scratch_.end, tile_begin);
+  }
+
+ private:
+  const Block& block_;
+  BlockScratch<Dot> scratch_;
+  bool queries_packed_ = false;
+};
+
+template <class Dot>
+void attend_tiles(const Block& block, const BlockScratch<Dot>& scratch, const std::byte* tiles,
+                  int64_t first_tile) {
+  const Plan& plan = block.plan;
+  pack_queries<Dot>(block, scratch);
+  [[maybe_unused]] ExactTiles exact(block, scratch);
+  [[maybe_unused]] float q_step = 0.0f, q_norm = 0.0f;
+  if constexpr (Dot::kScaled) {
+    q_step = *std::max_element(scratch.q_step, scratch.q_step + block.rows);
+    q_norm = *std::max_element(scratch.q_norm, scratch.q_norm + block.rows);
+  }
+  const Plan::Range range =
+      plan.keys_of_rows(block.b, block.row_begin, block.row_begin + block.rows);
+  for (int64_t tile = range.begin / plan.block_n; tile * plan.block_n < range.end; ++tile) {
+    const std::byte* packed = tiles + (tile - first_tile) * plan.tile_bytes;
+    if constexpr (Dot::kScaled) {
+      const TileHeader& header = *TileLayout<Dot>::header(packed);
+      if (header.inexact ||
+          !Dot::accurate(block.problem.softmax_scale, q_norm, q_step, header)) {
+        exact.attend(tile * plan.block_n);
+        continue;
+      }
+    }
+    attend_tile<Dot>(block, scratch, packed, tile * plan.block_n);
+  }
+}
+
 template <class Dot>
 void attend(const Plan& plan, int64_t b, int64_t head, int64_t m_block, const std::byte* tiles,
             int64_t first_tile, std::byte* memory) {
@@ -346,31 +408,27 @@ void attend(const Plan& plan, int64_t b, int64_t head, int64_t m_block, const st
     std::fill_n(scratch.row_max, BlockScratch<Dot>::kStateRows, kNoMax);
     std::fill_n(scratch.row_sum, BlockScratch<Dot>::kStateRows, 0.0f);
     std::fill_n(scratch.o, kBlockM * scratch.ldo, 0.0f);
-    pack_queries<Dot>(block, scratch);
-    const Plan::Range range = plan.keys_of_rows(b, block.row_begin, block.row_begin + block.rows);
-    for (int64_t tile = range.begin / plan.block_n; tile * plan.block_n < range.end; ++tile) {
-      const std::byte* packed = tiles + (tile - first_tile) * plan.tile_bytes;
-      attend_tile<Dot>(block, scratch, packed, tile * plan.block_n);
-    }
+    attend_tiles<Dot>(block, scratch, tiles, first_tile);
   }
   store_block<Dot>(block, scratch);
 }
 
 template <class Dot>
 void pack(const Plan& plan, int64_t b, int64_t head_k, int64_t tile, std::byte* out) {
-  pack_tile_range<Dot>(plan, b, head_k, tile * plan.block_n, out);
+  pack_tile<Dot>(plan, b, head_k, tile * plan.block_n, out);
 }
 
 template <class Dot>
 void configure(Plan& plan) {
   plan.groups_k = TileLayout<Dot>(plan).groups_k;
   plan.tile_bytes = round_up(TileLayout<Dot>(plan).bytes(), 64);
-  plan.scratch_bytes = round_up(BlockScratch<Dot>::bytes(plan), 64);
+  plan.scratch_bytes =
+      BlockScratch<Dot>::bytes(plan) + (Dot::kScaled ? ExactTiles::bytes(plan) : 0);
 }
 
 template <class Dot>
 constexpr Kernel make_kernel() {
-  return {configure<Dot>, pack<Dot>, attend<Dot>};
+  return {kRows, configure<Dot>, pack<Dot>, attend<Dot>};
 }
 
 }  // namespace pfa::cpu::PFA_ISA

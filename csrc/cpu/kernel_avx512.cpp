@@ -12,14 +12,15 @@
 // clang-format off: each builds on those above it
 #include "simd_avx512.h"
 #include "dot.h"
-#include "dots_avx512.h"
 #include "pack.h"
+#include "dots_avx512.h"
 #include "softmax.h"
 #include "attend.h"
 // clang-format on
 
 namespace pfa::cpu::avx512 {
 const Kernel kBf16 = make_kernel<DotBf16>();
+const Kernel kFp16 = make_kernel<DotI16>();
 const Kernel kFp32 = make_kernel<DotF32<false>>();
 const Kernel kInt8 = make_kernel<DotI8>();
 }  // namespace pfa::cpu::avx512
@@ -28,7 +29,14 @@ const Kernel kInt8 = make_kernel<DotI8>();
 namespace pfa::cpu {
 
 const Kernel* avx512_vnni_kernel(DType dtype) {
-  return dtype == DType::kInt8 ? &avx512::kInt8 : &avx512::kFp32;
+  switch (dtype) {
+    case DType::kFloat16:
+      return &avx512::kFp16;
+    case DType::kBFloat16:
+      return &avx512::kFp32;
+    default:
+      return &avx512::kInt8;
+  }
 }
 
 const Kernel* avx512_kernel(DType dtype) {

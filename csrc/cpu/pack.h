@@ -16,6 +16,7 @@ struct alignas(64) TileHeader {
   uint32_t nonfinite_values;  // bit i: key panel i holds an infinite or NaN value
   bool inexact;               // fixed point would lose accuracy here: use DotF32 (Dot::kScaled only)
   float key_step;             // real key = key_step * stored key (Dot::kScaled only)
+  float key_norm;             // largest norm of a key (Dot::kScaled only)
 };
 
 template <class Dot>
@@ -138,25 +139,8 @@ void pack_value_panel(const TileLayout<Dot>& layout, const SourceRows& values, i
   }
 }
 
-// Largest powers of two that keep a fixed-point tile of keys and of values inside int32 sums;
-// powers of two, so that every operand within 2^-4 of the largest is stored exactly.
-struct FixedPoint {
-  // |q . k| <= |q| |k|: both norms stay below sqrt(2^31) by this much, roundings included.
-  static constexpr float kMaxNorm = 46300.0f;
-  static constexpr float kMaxElement = 32767.0f;
-
-  // 0 if norm is 0; not finite if norm or peak is not.
-  static float key_scale(float norm, float peak) {
-    if (norm == 0.0f) return 0.0f;
-    return power_of_two(std::min(kMaxNorm / norm, kMaxElement / peak));
-  }
-  static float power_of_two(float x) {  // the largest not above x > 0
-    return bits_to_float(float_to_bits(x) & 0x7f800000u);
-  }
-};
-
 template <class Dot>
-void pack_tile_range(const Plan& plan, int64_t b, int64_t head_k, int64_t begin, std::byte* tile) {
+void pack_tile(const Plan& plan, int64_t b, int64_t head_k, int64_t begin, std::byte* tile) {
   const Problem& problem = *plan.problem;
   const TileLayout<Dot> layout(plan);
   const int64_t end = problem.keys_used(b);

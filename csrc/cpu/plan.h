@@ -22,7 +22,7 @@ constexpr int kMaxBlockN = kMaxPanels * kPanel;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// What a dense mask does to a kBlockM x kPanel piece of the score matrix.
+// What a dense mask does to a piece of the score matrix: one strip of rows by kPanel keys.
 enum class Visibility : uint8_t { kNone, kSome, kAll };
 
 struct Plan {
@@ -32,7 +32,7 @@ struct Plan {
   int64_t groups_k = 0;        // 32-bit words of one packed q or k row
   int64_t tile_bytes = 0;      // one packed tile of keys and values
   int64_t scratch_bytes = 0;   // working memory of one thread
-  const Visibility* visibility = nullptr;  // (mask batch, m_block, key panel); null: no dense mask
+  const Visibility* visibility = nullptr;  // (mask batch, strip, key panel); null: no mask
   int64_t visibility_batch = 0;            // its strides
   int64_t visibility_row = 0;
 
@@ -53,6 +53,7 @@ struct Plan {
 
 // One (instruction set, input dtype) implementation.
 struct Kernel {
+  int strip_rows;                 // query rows that share one pass over a tile; divides kBlockM
   void (*configure)(Plan& plan);  // fills groups_k, tile_bytes, scratch_bytes
   // Packs keys [tile * block_n, ...) of one kv head into out (tile_bytes, 64-byte aligned).
   void (*pack)(const Plan& plan, int64_t b, int64_t head_k, int64_t tile, std::byte* out);

@@ -15,6 +15,7 @@
 #include "plan.h"
 
 #define PFA_INLINE inline __attribute__((always_inline))
+#define PFA_NOINLINE __attribute__((noinline))
 #define PFA_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace pfa::cpu {
