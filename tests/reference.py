@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Naive attention in fp64, written from the formulas of docs/semantics.md.
+
+It takes the operator's own arguments, materialises every score and shares nothing with csrc, so
+that a mistake has to be made twice to go unseen. test_reference.py checks it against torch and by
+hand. Shapes below: B batch, N heads, Sq and Sk rows of query and key, D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FAR = 1 << 40  # farther than any sequence is long; tokens are clamped to it, so that sums fit int64
+
+
+def split_heads(x: Tensor, heads: int, layout: str) -> Tensor:
+    """Any layout -> (B, N, S, D), a view."""
+    if layout == "BSH":
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.transpose(1, 2) if layout == "BSND" else x
+
+
+def split_output(x: Tensor, heads: int, layout: str) -> Tensor:
+    """The operator's output -> (B, N, Sq, D), a view."""
+    return split_heads(x, heads, "BSND" if layout == "BNSD_BSND" else layout)
+
+
+def join_heads(x: Tensor, layout: str) -> Tensor:
+    """(B, N, Sq, D) -> the output of a layout."""
+    if layout == "BNSD":
+        return x
+    return x.transpose(1, 2).flatten(2) if layout == "BSH" else x.transpose(1, 2)
+
+
+def lengths(values: Any, batch: int, full: int) -> list[int]:
+    """Valid length of every batch element."""
+    if values is None or len(values) == 0:
+        return [full] * batch
+    values = [int(v) for v in values]
+    return values * batch if len(values) == 1 else values[:batch]
+
+
+def allowed(i, j, *, mode, masked, pre, nxt, q, kv):
+    """May query i see key j? `masked` is None without a mask. Works on ints and on tensors."""
+    inside = (i < q) & (j < kv)
+    anchor = i + (kv - q)  # the column under the bottom right corner's diagonal
+    if mode == 0 and masked is None:
+        return inside
+    if mode == 0:
+        return inside & (i - pre <= j) & (j <= i + nxt) & (masked == 0)
+    if mode == 1:
+        return inside & (masked == 0)
+    if mode == 2:
+        return inside & (j <= i)
+    if mode == 3:
+        return inside & (j <= anchor)
+    return inside & (anchor - pre <= j) & (j <= anchor + nxt)
+
+
+def read_deq_scale(scale: Tensor | None) -> float:
+    if scale is None:
+        return 1.0
+    if scale.dtype in (torch.int64, torch.uint64):
+        low = scale.reshape(-1).view(torch.int64) & 0xFFFFFFFF
+        low = torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)
+        return low.view(torch.float32).double().item()
+    return scale.double().item()
+
+
+def finite(x: Tensor) -> Tensor:
+    return torch.where(x.isfinite(), x, torch.zeros((), dtype=x.dtype))
+
+
+@dataclass
+class Parts:
+    """A call with layouts, lengths, defaults and GQA resolved. NaN and Inf are replaced by 0."""
+
+    q: Tensor  # (B, N, Sq, D), in the caller's dtype
+    k: Tensor  # (B, N, Sk, D)
+    v: Tensor  # (B, N, Sk, D)
+    bias: Tensor | None  # (B, N, Sq, Sk)
+    visible: Tensor  # (B, N, Sq, Sk) bool: takes part in the softmax
+    free: Tensor  # (B, N, Sq) bool: sees a NaN or an Inf, the contract does not fix the row
+    nan: Tensor  # (B, N, Sq) bool: sees a NaN or +Inf of pse_shift, the row has to be NaN
+    scale: float
+    descale_s: float
+    scale_p: float
+    descale_o: float
+    scale_out: Tensor | None  # (1, N | 1, 1, D | 1), fp64; None: the output is not int8
+    offset_out: Tensor
+
+    @property
+    def seen(self) -> Tensor:
+        """(B, N, Sq, 1) bool: rows that have at least one visible key."""
+        return self.visible.any(-1, keepdim=True)
+
+    def scores(self) -> Tensor:
+        """(B, N, Sq, Sk) fp64, -inf where not visible."""
+        s = (self.q.double() @ self.k.double().mT) * self.descale_s * self.scale
+        if self.bias is not None:
+            s = s + self.bias.double()
+        return s.masked_fill(~self.visible, -torch.inf)
+
+    def requantise(self, o: Tensor) -> Tensor:
+        """(B, N, Sq, D) fp64 -> what the output holds, before it is rounded and saturated."""
+        if self.scale_out is not None:
+            o = o * self.scale_out + self.offset_out
+        return torch.where(self.seen, o, 0.0)
+
+
+def _visible(
+    batch: int,
+    sq: int,
+    sk: int,
+    mask: Tensor | None,
+    q_lens: list[int],
+    k_lens: list[int],
+    **rule: Any,
+) -> Tensor:
+    """(B, Sq, Sk) bool from the table of semantics.md, section 4."""
+    masked = [None] * batch
+    if rule["mode"] in (0, 1) and mask is not None:
+        corner = mask[..., :sq, :sk].reshape(-1, sq, sk).to(torch.int64).expand(batch, -1, -1)
+        masked = list(corner)
+    i, j = torch.arange(sq)[:, None], torch.arange(sk)[None, :]
+    out = torch.empty(batch, sq, sk, dtype=torch.bool)
+    for b in range(batch):
+        out[b] = allowed(i, j, masked=masked[b], q=q_lens[b], kv=k_lens[b], **rule)
+    return out
+
+
+def _channels(x: Tensor | None, heads: int, empty: float) -> Tensor:
+    """A per-tensor or per-channel scale -> broadcastable to (B, N, Sq, D); channels are (n, d)."""
+    if x is None or x.numel() == 0:
+        return torch.tensor(empty, dtype=torch.float64)
+    x = x.double().reshape(-1)
+    return x.reshape(()) if x.numel() == 1 else x.reshape(1, heads, 1, -1)
+
+
+def parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    pse_shift: Tensor | None = None,
+    atten_mask: Tensor | None = None,
+    actual_seq_lengths: Any = None,
+    deq_scale1: Tensor | None = None,
+    quant_scale1: Tensor | None = None,
+    deq_scale2: Tensor | None = None,
+    quant_scale2: Tensor | None = None,
+    quant_offset2: Tensor | None = None,
+    num_heads: int = 1,
+    scale_value: float = 1.0,
+    pre_tokens: int = 2147483647,
+    next_tokens: int = 0,
+    input_layout: str = "BSH",
+    num_key_value_heads: int = 0,
+    actual_seq_lengths_kv: Any = None,
+    sparse_mode: int = 0,
+) -> Parts:
+    heads_k = num_key_value_heads or num_heads
+    q = split_heads(query, num_heads, input_layout)
+    k, v = (
+        split_heads(x, heads_k, input_layout).repeat_interleave(num_heads // heads_k, dim=1)
+        for x in (key, value)
+    )
+    batch, _, sq, _ = q.shape
+    sk = k.shape[2]
+    rule = {
+        "mode": sparse_mode,
+        "pre": max(-FAR, min(pre_tokens, FAR)),
+        "nxt": max(-FAR, min(next_tokens, FAR)),
+    }
+    visible = _visible(
+        batch,
+        sq,
+        sk,
+        atten_mask,
+        lengths(actual_seq_lengths, batch, sq),
+        lengths(actual_seq_lengths_kv, batch, sk),
+        **rule,
+    )[:, None].expand(-1, num_heads, -1, -1)
+    nan = torch.zeros(batch, num_heads, sq, dtype=torch.bool)
+    bias = None
+    if pse_shift is not None:
+        bias = pse_shift[..., :sq, :sk].expand(batch, -1, -1, -1)
+        visible = visible & (bias != -torch.inf)
+        nan = (visible & ~bias.isfinite()).any(-1)
+        bias = finite(bias)
+    bad = [~x.double().isfinite().all(-1) for x in (q, k, v)]  # (B, N, S)
+    sees_bad_key = (visible & (bad[1] | bad[2])[:, :, None, :]).any(-1)
+    free = nan | sees_bad_key | (bad[0] & visible.any(-1))
+    return Parts(
+        q=finite(q),
+        k=finite(k),
+        v=finite(v),
+        bias=bias,
+        visible=visible,
+        free=free,
+        nan=nan,
+        scale=scale_value,
+        descale_s=read_deq_scale(deq_scale1),
+        scale_p=1.0 if quant_scale1 is None else quant_scale1.double().item(),
+        descale_o=read_deq_scale(deq_scale2),
+        scale_out=None if quant_scale2 is None else _channels(quant_scale2, num_heads, 1.0),
+        offset_out=_channels(quant_offset2, num_heads, 0.0),
+    )
+
+
+def exact(p: Parts) -> Tensor:
+    """(B, N, Sq, D) fp64, P not quantised (of int8 inputs as of all others), before requantise."""
+    weights = softmax(p.scores())
+    return (weights @ p.v.double()) * (p.scale_p * p.descale_o)
+
+
+def softmax(s: Tensor) -> Tensor:
+    """Rows without a finite score are zeros."""
+    if s.shape[-1] == 0:
+        return s
+    peak = s.amax(-1, keepdim=True)
+    e = torch.exp(s - torch.where(peak == -torch.inf, 0.0, peak))
+    total = e.sum(-1, keepdim=True)
+    return e / torch.where(total == 0, 1.0, total)
+
+
+def tiled(p: Parts, width: int | None = None, p_error: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The int8 chain of semantics.md, section 7, over key tiles that start at multiples of `width`.
+
+    None is one tile: the reference. Returns (o, slack), both (B, N, Sq, D) fp64 and before
+    requantise. slack bounds how far o moves when every exp is off by up to a relative `p_error`:
+    only a P that lies that close to a rounding boundary can land on the other integer.
+    """
+    s, v = p.scores(), p.v.double()
+    keys = s.shape[-1]
+    peak = torch.full((*s.shape[:-1], 1), -torch.inf, dtype=torch.float64)
+    total, o, slack = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    for start in range(0, keys, width or max(keys, 1)):
+        part = slice(start, start + (width or keys))
+        new_peak = torch.maximum(peak, s[..., part].amax(-1, keepdim=True))
+        shift = torch.where(new_peak == -torch.inf, 0.0, new_peak)
+        rescale = torch.exp(peak - shift)
+        e = torch.exp(s[..., part] - shift)
+        p8 = torch.round(e * p.scale_p).clamp(-128, 127)  # torch.round is half to even
+        low, high = (torch.round(e * p.scale_p * (1 + d)) for d in (-p_error, p_error))
+        flips = (high.clamp(-128, 127) - low.clamp(-128, 127)).abs()
+        total = total * rescale + e.sum(-1, keepdim=True)
+        o = o * rescale + (p8 @ v[..., part, :]) * p.descale_o
+        slack = slack * rescale + (flips @ v[..., part, :].abs()) * abs(p.descale_o)
+        peak = new_peak
+    total = torch.where(total == 0, 1.0, total)
+    return (o / total).expand(p.q.shape), (slack / total).expand(p.q.shape)
+
+
+def plain_torch(p: Parts) -> Tensor:
+    """What a user would write in torch in the inputs' dtype; (B, N, Sq, D) before requantise.
+
+    Its error against `exact` is the yardstick for the operator's.
+    """
+    s = (p.q @ p.k.mT) * p.scale
+    if p.bias is not None:
+        s = s + p.bias
+    weights = torch.softmax(s.masked_fill(~p.visible, -torch.inf), -1)
+    return torch.where(p.seen, weights, 0.0) @ p.v
