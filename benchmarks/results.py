@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as JSON and as a table. plot.py reads the same JSON."""
+
+import datetime
+import json
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from . import suites
+from .suites import Case
+
+FOLDER = Path(__file__).with_name("results")
+ROOT = FOLDER.parents[1]
+# The processor's flags that decide which kernel can run.
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+
+
+def environment(threads: int) -> dict[str, Any]:
+    model, flags = _processor()
+    isa = getattr(torch.ops.pfa, "_cpu_isa", None)
+    return {
+        "cpu": model,
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "isa": isa() if isa is not None else None,
+        "threads": threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "sha": _git("rev-parse", "--short=10", "HEAD") or "unknown",
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
+
+
+def _processor() -> tuple[str, set[str]]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine(), set()
+    name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.*)$", text, re.MULTILINE)
+    return name[1] if name else platform.machine(), set(flags[1].split()) if flags else set()
+
+
+def make_row(
+    case: Case, times: dict[str, dict[str, float]], notes: dict[str, str], difference: float
+) -> dict[str, Any]:
+    """Seconds and GFLOP/s per peer, and pfa's speed relative to each."""
+    ours = times["pfa"]["median"]
+    for summary in times.values():
+        summary["gflops"] = 1e-9 * case.nominal_flops / summary["median"]
+        summary["ratio"] = summary["median"] / ours
+    return {
+        "case": str(case),
+        "dtype": case.dtype,
+        "seqlen": case.seqlen,
+        "head_dim": case.head_dim,
+        "pattern": case.pattern,
+        "visible": case.visible_share(),
+        "difference": difference,
+        "targets": {
+            p: suites.TARGETS[case.dtype, p] for p in times if (case.dtype, p) in suites.TARGETS
+        },
+        "notes": {name: note for name, note in notes.items() if note},
+        "times": times,
+    }
+
+
+def share_of_limit(row: dict[str, Any], limits: dict[str, float | None]) -> float | None:
+    """pfa's rate over visible pairs, relative to torch's matrix product in the same type.
+
+    float16, whose own product torch runs slowly on many processors, is measured against the
+    faster of bfloat16's and float32's.
+    """
+    names = {"bf16": ("bf16",), "fp16": ("bf16", "fp32")}.get(row["dtype"], ("int8",))
+    rates = [rate for name in names if (rate := limits[name]) is not None]
+    if not rates:
+        return None
+    case = Case(row["dtype"], row["seqlen"], row["head_dim"], "full")
+    rate = 1e-9 * case.nominal_flops * row["visible"] / row["times"]["pfa"]["median"]
+    return rate / max(rates)
+
+
+def rate_table(rows: list[dict[str, Any]], limits: dict[str, float | None]) -> Table:
+    peers = list(dict.fromkeys(p for row in rows for p in row["times"] if p != "pfa"))
+    table = Table(
+        title="GFLOP/s (medians) and pfa's speed relative to each peer, target in brackets"
+    )
+    table.add_column("case", no_wrap=True)
+    for heading in ("visible", "pfa", "of limit"):
+        table.add_column(heading, justify="right")
+    for peer in peers:
+        table.add_column(peer, justify="right")
+        table.add_column("ratio", justify="right", no_wrap=True)
+    for row in rows:
+        share = share_of_limit(row, limits)
+        cells = [
+            row["case"],
+            f"{100 * row['visible']:.0f}%",
+            f"{row['times']['pfa']['gflops']:.1f}",
+            "" if share is None else f"{100 * share:.0f}%",
+        ]
+        for peer in peers:
+            cells += _peer_cells(row, peer)
+        table.add_row(*cells)
+    return table
+
+
+def _peer_cells(row: dict[str, Any], peer: str) -> list[str]:
+    summary = row["times"].get(peer)
+    if summary is None:
+        return ["", ""]
+    ratio, target = summary["ratio"], row["targets"].get(peer)
+    text = f"{ratio:.2f}x"
+    if target is not None:
+        colour = "green" if ratio >= target else "red"
+        text = f"[{colour}]{text}[/] ({target:.1f})"
+    return [f"{summary['gflops']:.1f}", text]
+
+
+def memory_table(rows: list[dict[str, Any]], limit: int) -> Table:
+    table = Table(title=f"peak memory beyond inputs and output (at most {limit >> 20} MiB)")
+    table.add_column("case")
+    table.add_column("MiB", justify="right")
+    for row in rows:
+        colour = "green" if row["bytes"] <= limit else "red"
+        table.add_row(row["case"], f"[{colour}]{row['bytes'] / 2**20:.1f}[/]")
+    return table
+
+
+def write(result: dict[str, Any], suite: str, out: Path | None) -> Path:
+    about = result["environment"]
+    cpu = re.sub(r"[^a-z0-9]+", "-", about["cpu"].lower()).strip("-")
+    dirty = "-dirty" if about["dirty"] else ""
+    path = out or FOLDER / f"{suite}-{cpu}-{about['sha']}{dirty}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
