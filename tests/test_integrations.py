@@ -94,17 +94,30 @@ def test_model_agrees_with_sdpa(name, dtype, padding, calls):
     assert error <= 2 * baseline
 
 
+def generate(model, implementation, batch):
+    model.set_attn_implementation(implementation)
+    return model.generate(
+        **batch, max_new_tokens=8, do_sample=False, output_scores=True, return_dict_in_generate=True
+    )
+
+
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_generate_gives_the_same_tokens(name, padding, calls):
+    """Equal until two tokens tie: closer than twice the noise between eager and SDPA."""
     batch = make_batch(padding)
-    model = make_model(name, torch.bfloat16)
-    tokens = {}
-    for implementation in ("pfa", "sdpa"):
-        model.set_attn_implementation(implementation)
-        tokens[implementation] = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    model = make_model(name, torch.float16)
+    runs = {kind: generate(model, kind, batch) for kind in ("pfa", "sdpa", "eager")}
     assert calls, "the prefill did not reach the operator"
-    torch.testing.assert_close(tokens["pfa"], tokens["sdpa"], rtol=0, atol=0)
+    scores = {kind: torch.stack(run.scores).float() for kind, run in runs.items()}
+    noise = (scores["eager"][0] - scores["sdpa"][0]).abs().max()
+    assert (scores["pfa"][0] - scores["sdpa"][0]).abs().max() <= 2 * noise
+    tokens = {kind: score.argmax(-1).T.tolist() for kind, score in scores.items()}
+    for row, (ours, theirs) in enumerate(zip(tokens["pfa"], tokens["sdpa"], strict=True)):
+        step = next((i for i in range(len(ours)) if ours[i] != theirs[i]), None)
+        if step is not None:
+            at = scores["sdpa"][step, row]
+            assert at[theirs[step]] - at[ours[step]] <= 2 * noise, (row, step)
 
 
 def test_causal_prefill_uses_the_band_and_padding_uses_a_mask(calls):
