@@ -6,37 +6,22 @@
 // A Dot policy:
 //   Element, kPack    operand type and how many share a word
 //   Acc, kInt         accumulator vector; whether it is int32
+//   kPlanes           parts that a value is split into, packed one after the other
+//   kGroupAlign       packed rows of q and k are padded to a multiple of so many words
+//   Session           what a thread sets up while it attends
 //   kDegree           of the exponential's polynomial, by what P's own rounding can tell apart
 //   kQuantised        P is rounded to int8 steps (int8 attention)
 //   kScaled           q, k, v and P are fixed point with scales chosen by pack.h and softmax.h
 //   kUnsignedA        the left operand is unsigned: q is stored as q + 128 and every key panel
 //                     starts with the accumulators' initial value, -128 * sum(k)
 //   mac               acc += a . b, word by word
-//   convert           one row of the source tensor to Elements, zero past d up to padded; the
-//                     scales count only if kScaled
+//   convert           one row of the source tensor to Elements, zero past d up to padded
 //   interleave        kPack such rows to one vector of words, lane i = column i
 //   store_p           two vectors of P values, rounded to Element, to `column` of a packed P row
 //   load_p            one P value back, for the slow path of non-finite values
 #pragma once
 
 namespace pfa::cpu::PFA_ISA {
-
-// acc[r][v] += sum over g of a[r * lda + g] . b[g * kPanel + v * kLanes ...]
-template <class Dot, int kRows, int kVectors>
-PFA_INLINE void multiply(typename Dot::Acc (&acc)[kRows][kVectors], const uint32_t* a, int64_t lda,
-                         const uint32_t* b, int64_t groups) {
-  for (int64_t g = 0; g < groups; ++g) {
-    VI bv[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) bv[v] = iload(b + g * kPanel + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const VI av = isplat(static_cast<int32_t>(a[r * lda + g]));
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = Dot::mac(acc[r][v], av, bv[v]);
-    }
-  }
-}
 
 // count <= kLanes source values as floats; lanes past count are 0.
 PFA_INLINE VF load_as_float(DType dtype, const void* row, int64_t d, int count) {
@@ -50,11 +35,15 @@ PFA_INLINE VF load_as_float(DType dtype, const void* row, int64_t d, int count) 
   }
 }
 
-// A factor for every channel (stride 1) or one for all (stride 0).
-struct ChannelScale {
-  const float* data;
-  int64_t stride;
+// How a row becomes Elements: a factor for every channel (stride 1) or one for all (stride 0), if
+// Dot::kScaled; and which of the Dot::kPlanes parts of each value is wanted.
+struct Conversion {
+  const float* scales = nullptr;
+  int64_t stride = 0;
+  int plane = 0;
 };
+
+struct NoSession {};  // nothing to set up in a thread
 
 PFA_INLINE int lanes_at(int64_t at, int64_t end) {
   return static_cast<int>(std::clamp<int64_t>(end - at, 0, kLanes));
@@ -66,7 +55,8 @@ template <bool kQuantise>
 struct DotF32 {
   using Element = float;
   using Acc = VF;
-  static constexpr int kPack = 1;
+  using Session = NoSession;
+  static constexpr int kPack = 1, kPlanes = 1, kGroupAlign = 1;
   static constexpr bool kInt = false, kScaled = false, kUnsignedA = false;
   static constexpr bool kQuantised = kQuantise;
   static constexpr int kDegree = kQuantise ? 4 : 5;
@@ -75,7 +65,7 @@ struct DotF32 {
   static PFA_INLINE Acc mac(Acc acc, VI a, VI b) { return fma(as_float(a), as_float(b), acc); }
 
   static PFA_INLINE void convert(DType dtype, const void* row, int64_t d, int64_t padded,
-                                 ChannelScale, Element* out) {
+                                 const Conversion&, Element* out) {
     for (int64_t i = 0; i < padded; i += kLanes) {
       store(out + i, load_as_float(dtype, row, i, lanes_at(i, d)));
     }

@@ -22,14 +22,15 @@ PFA_INLINE void copy_row(const void* row, int64_t d, int64_t padded, int64_t siz
 struct DotBf16 {
   using Element = uint16_t;
   using Acc = VF;
-  static constexpr int kPack = 2, kDegree = 3;
+  using Session = NoSession;
+  static constexpr int kPack = 2, kPlanes = 1, kGroupAlign = 1, kDegree = 3;
   static constexpr bool kInt = false, kScaled = false, kUnsignedA = false, kQuantised = false;
 
   static PFA_INLINE Acc zero() { return splat(0.0f); }
   static PFA_INLINE Acc mac(Acc acc, VI a, VI b) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
-  static PFA_INLINE void convert(DType, const void* row, int64_t d, int64_t padded, ChannelScale,
+  static PFA_INLINE void convert(DType, const void* row, int64_t d, int64_t padded, const Conversion&,
                                  Element* out) {
     copy_row(row, d, padded, 2, out);
   }
@@ -51,7 +52,8 @@ PFA_INLINE VI widen_bytes(const int8_t* p) {
 struct DotI8 {
   using Element = int8_t;
   using Acc = VI;
-  static constexpr int kPack = 4, kDegree = 4;
+  using Session = NoSession;
+  static constexpr int kPack = 4, kPlanes = 1, kGroupAlign = 1, kDegree = 4;
   static constexpr bool kInt = true, kScaled = false, kUnsignedA = true, kQuantised = true;
 
   static PFA_INLINE Acc zero() { return isplat(0); }
@@ -59,7 +61,7 @@ struct DotI8 {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
     return acc;
   }
-  static PFA_INLINE void convert(DType, const void* row, int64_t d, int64_t padded, ChannelScale,
+  static PFA_INLINE void convert(DType, const void* row, int64_t d, int64_t padded, const Conversion&,
                                  Element* out) {
     copy_row(row, d, padded, 1, out);
   }
@@ -96,7 +98,8 @@ struct DotI8 {
 struct DotI16 {
   using Element = int16_t;
   using Acc = VI;
-  static constexpr int kPack = 2, kDegree = 4;
+  using Session = NoSession;
+  static constexpr int kPack = 2, kPlanes = 1, kGroupAlign = 1, kDegree = 4;
   static constexpr bool kInt = true, kScaled = true, kUnsignedA = false, kQuantised = false;
 
   static constexpr float kMaxNorm = 46300.0f;  // sqrt(2^31) less what rounding can add
@@ -111,11 +114,11 @@ struct DotI16 {
     return acc;
   }
   static PFA_INLINE void convert(DType dtype, const void* row, int64_t d, int64_t padded,
-                                 ChannelScale scale, Element* out) {
-    const VF uniform = splat(scale.data[0]);
+                                 const Conversion& how, Element* out) {
+    const VF uniform = splat(how.scales[0]);
     for (int64_t i = 0; i < padded; i += kLanes) {
       const VF x = load_as_float(dtype, row, i, lanes_at(i, d));
-      const VF factor = scale.stride == 0 ? uniform : load(scale.data + i);
+      const VF factor = how.stride == 0 ? uniform : load(how.scales + i);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
                           _mm512_cvtsepi32_epi16(to_int(mul(x, factor))));
     }

@@ -9,12 +9,18 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define PFA_ISA avx2
+namespace pfa::cpu::PFA_ISA {
+// 6 x 2 accumulators, 2 loads and a broadcast fill the 16 vector registers.
+constexpr int kRows = 6, kVectors = 2;
+}  // namespace pfa::cpu::PFA_ISA
 
 // clang-format off: each builds on those above it
 #include "simd_avx2.h"
 #include "dot.h"
 #include "pack.h"
 #include "softmax.h"
+#include "block.h"
+#include "strip_vector.h"
 #include "attend.h"
 // clang-format on
 

@@ -8,6 +8,10 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define PFA_ISA avx512
+namespace pfa::cpu::PFA_ISA {
+// 6 x 4 accumulators, 4 loads and a broadcast fill the 32 vector registers.
+constexpr int kRows = 6, kVectors = 4;
+}  // namespace pfa::cpu::PFA_ISA
 
 // clang-format off: each builds on those above it
 #include "simd_avx512.h"
@@ -15,7 +19,10 @@
 #include "pack.h"
 #include "dots_avx512.h"
 #include "softmax.h"
+#include "block.h"
+#include "strip_vector.h"
 #include "attend.h"
+#include "fixed_point.h"
 // clang-format on
 
 namespace pfa::cpu::avx512 {

@@ -3,12 +3,18 @@
 #include "target.h"
 
 #define PFA_ISA portable
+namespace pfa::cpu::PFA_ISA {
+// As for AVX2: SSE2 and NEON have at least 16 vector registers.
+constexpr int kRows = 6, kVectors = 2;
+}  // namespace pfa::cpu::PFA_ISA
 
 // clang-format off: each builds on those above it
 #include "simd_portable.h"
 #include "dot.h"
 #include "pack.h"
 #include "softmax.h"
+#include "block.h"
+#include "strip_vector.h"
 #include "attend.h"
 // clang-format on
 

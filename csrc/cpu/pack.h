@@ -4,8 +4,8 @@
 //   TileHeader
 //   value_step  d_panels x 64 floats                          (Dot::kScaled only)
 //   keys        per key panel: [64 int32 initial accumulators (Dot::kUnsignedA only)]
-//               then words [groups_k][64 keys]
-//   values      per key panel, per channel panel: words [64 / kPack key groups][64 channels]
+//               then words [kPlanes][groups_k][64 keys]
+//   values      per key panel, per channel panel: words [kPlanes][64 / kPack groups][64 channels]
 //
 // Keys past the valid length and channels past head_dim are zero.
 #pragma once
@@ -25,10 +25,10 @@ struct TileLayout {
       : d_panels(plan.d_panels),
         padded_d(int64_t{plan.d_panels} * kPanel),
         panels(plan.block_n / kPanel),
-        groups_k(ceil_div(plan.problem->head_dim, Dot::kPack)),
+        groups_k(round_up(ceil_div(plan.problem->head_dim, Dot::kPack), Dot::kGroupAlign)),
         step_words(Dot::kScaled ? padded_d : 0),
-        key_panel_words((Dot::kUnsignedA ? kPanel : 0) + groups_k * kPanel),
-        value_panel_words(padded_d * kPanel / Dot::kPack) {}
+        key_panel_words((Dot::kUnsignedA ? kPanel : 0) + Dot::kPlanes * groups_k * kPanel),
+        value_panel_words(Dot::kPlanes * padded_d * kPanel / Dot::kPack) {}
 
   [[nodiscard]] int64_t bytes() const {
     return static_cast<int64_t>(sizeof(TileHeader)) +
@@ -45,7 +45,8 @@ struct TileLayout {
     return steps() + step_words + panel * key_panel_words;
   }
   [[nodiscard]] int64_t values(int panel, int d_panel) const {
-    return keys(panels) + panel * value_panel_words + d_panel * (kPanel * kPanel / Dot::kPack);
+    return keys(panels) + panel * value_panel_words +
+           d_panel * (Dot::kPlanes * kPanel * kPanel / Dot::kPack);
   }
 
   int d_panels;
@@ -84,18 +85,17 @@ inline bool row_is_finite(const SourceRows& rows, int64_t j) {
 // Words [groups_k][64 keys] from keys [begin, end) of one panel.
 template <class Dot>
 void pack_key_panel(const TileLayout<Dot>& layout, const SourceRows& keys, int64_t begin,
-                    int64_t end, const float* scale, uint32_t* out) {
+                    int64_t end, const Conversion& how, uint32_t* out) {
   constexpr int64_t kWordsPadded = 512;  // room for the longest row of the widest operand
   alignas(64) uint32_t stage[16 * kWordsPadded];
   alignas(64) uint32_t last[16 * 16];
-  if constexpr (Dot::kUnsignedA) out += kPanel;
   for (int column = 0; column < kPanel; column += 16) {
     for (int i = 0; i < 16; ++i) {
       uint32_t* row = stage + i * kWordsPadded;
       const int64_t j = begin + column + i;
       if (j < end) {
         Dot::convert(keys.dtype, keys.row(j), keys.d, round_up(layout.groups_k, 16) * Dot::kPack,
-                     ChannelScale{scale, 0}, reinterpret_cast<typename Dot::Element*>(row));
+                     how, reinterpret_cast<typename Dot::Element*>(row));
       } else {
         std::memset(row, 0, static_cast<size_t>(round_up(layout.groups_k, 16)) * 4);
       }
@@ -111,13 +111,12 @@ void pack_key_panel(const TileLayout<Dot>& layout, const SourceRows& keys, int64
       }
     }
   }
-  if constexpr (Dot::kUnsignedA) Dot::initial_accumulators(out, layout.groups_k, out - kPanel);
 }
 
 // Words [64 / kPack][64 channels] per channel panel from values [begin, end) of one key panel.
 template <class Dot>
 void pack_value_panel(const TileLayout<Dot>& layout, const SourceRows& values, int64_t begin,
-                      int64_t end, const float* scales, uint32_t* out) {
+                      int64_t end, const Conversion& how, uint32_t* out) {
   using Element = typename Dot::Element;
   constexpr int kGroups = kPanel / Dot::kPack;
   alignas(64) Element stage[Dot::kPack * 512];
@@ -126,14 +125,13 @@ void pack_value_panel(const TileLayout<Dot>& layout, const SourceRows& values, i
       const int64_t j = begin + group * Dot::kPack + i;
       Element* row = stage + i * layout.padded_d;
       if (j < end) {
-        Dot::convert(values.dtype, values.row(j), values.d, layout.padded_d,
-                     ChannelScale{scales, 1}, row);
+        Dot::convert(values.dtype, values.row(j), values.d, layout.padded_d, how, row);
       } else {
         std::memset(row, 0, static_cast<size_t>(layout.padded_d) * sizeof(Element));
       }
     }
     for (int64_t d = 0; d < layout.padded_d; d += kLanes) {
-      istore(out + (d / kPanel) * (kGroups * kPanel) + group * kPanel + d % kPanel,
+      istore(out + (d / kPanel) * (Dot::kPlanes * kGroups * kPanel) + group * kPanel + d % kPanel,
              Dot::interleave(stage + d, layout.padded_d));
     }
   }
@@ -164,9 +162,16 @@ void pack_tile(const Plan& plan, int64_t b, int64_t head_k, int64_t begin, std::
       if (!row_is_finite(values, j)) header.nonfinite_values |= 1u << panel;
     }
     if (header.inexact) continue;
-    pack_key_panel<Dot>(layout, keys, first, last, &key_scale, words + layout.keys(panel));
-    pack_value_panel<Dot>(layout, values, first, last, value_scales,
-                          words + layout.values(panel, 0));
+    uint32_t* key_words = words + layout.keys(panel) + (Dot::kUnsignedA ? kPanel : 0);
+    for (int plane = 0; plane < Dot::kPlanes; ++plane) {
+      pack_key_panel<Dot>(layout, keys, first, last, {&key_scale, 0, plane},
+                          key_words + plane * layout.groups_k * kPanel);
+      pack_value_panel<Dot>(layout, values, first, last, {value_scales, 1, plane},
+                            words + layout.values(panel, 0) + plane * kPanel * kPanel / Dot::kPack);
+    }
+    if constexpr (Dot::kUnsignedA) {
+      Dot::initial_accumulators(key_words, layout.groups_k, key_words - kPanel);
+    }
   }
   *layout.header(tile) = header;
 }

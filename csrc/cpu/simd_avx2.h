@@ -6,8 +6,6 @@
 namespace pfa::cpu::PFA_ISA {
 
 constexpr int kLanes = 8;
-constexpr int kRows = 6;     // of a strip: 6 x 2 accumulators, 2 loads and a broadcast fill the
-constexpr int kVectors = 2;  // 16 registers
 using VF = __m256;
 using VI = __m256i;
 

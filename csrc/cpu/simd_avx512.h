@@ -10,8 +10,6 @@
 namespace pfa::cpu::PFA_ISA {
 
 constexpr int kLanes = 16;
-constexpr int kRows = 6;     // of a strip: 6 x 4 accumulators, 4 loads and a broadcast fill the
-constexpr int kVectors = 4;  // 32 registers
 using VF = __m512;   // 16 floats
 using VI = __m512i;  // 16 int32, or 64 bytes of packed operands
 

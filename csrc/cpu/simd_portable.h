@@ -6,8 +6,6 @@
 namespace pfa::cpu::PFA_ISA {
 
 constexpr int kLanes = 4;
-constexpr int kRows = 6;
-constexpr int kVectors = 2;
 typedef float VF __attribute__((vector_size(16)));
 typedef int32_t VI __attribute__((vector_size(16)));
 

@@ -12,7 +12,6 @@ constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kNoMax = -3.402823466e38f;
 
 // What a strip sees of one tile.
-template <int kRows>
 struct StripView {
   int panels = 0;             // visible key panels
   int panel[kMaxPanels];      // their indices in the tile, ascending
@@ -44,8 +43,8 @@ PFA_INLINE VF load_score(const uint32_t* s) {
 
 // Replaces the strip's raw scores by floats in units of log2 with bias added and masked pairs at
 // -inf; returns the maximum of the row.
-template <class Dot, int kRows>
-float finish_scores(const StripView<kRows>& view, const SoftmaxParams& params, float scale_log2,
+template <class Dot>
+float finish_scores(const StripView& view, const SoftmaxParams& params, float scale_log2,
                     int r, uint32_t* s) {
   VF largest = splat(-INFINITY);
   for (int i = 0; i < view.panels; ++i) {
@@ -119,8 +118,8 @@ PFA_INLINE float exponentiate(const SoftmaxParams& params, float scale_log2, flo
 // row_sum, and gives the factor alpha[r] for what the row has accumulated so far. row_scale[r]
 // multiplies scale_log2 on the way in, and on the way out is the unit of the stored P; both are
 // 1 unless Dot::kScaled.
-template <class Dot, int kRows>
-PFA_INLINE void softmax_strip(const StripView<kRows>& view, const SoftmaxParams& params,
+template <class Dot>
+PFA_INLINE void softmax_strip(const StripView& view, const SoftmaxParams& params,
                               uint32_t* s, uint32_t* p, int64_t ldp, float* row_max,
                               float* row_sum, float* alpha, float* row_scale) {
   constexpr int kPadded = (kRows + kLanes - 1) / kLanes * kLanes;
