@@ -9,6 +9,9 @@
 #include "forward.h"
 #include "target.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -30,7 +33,31 @@ bool has_avx512_vnni() {
 }
 
 bool has_avx512() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+
+#if defined(PFA_EMULATE_AMX)
+bool has_amx() { return has_avx512(); }
 #else
+// Linux hands the tile registers to a process that asks; threads started before inherit the grant.
+bool tiles_granted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
+bool has_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!has_avx512() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr unsigned kAll = kBf16 | kTile | kInt8;
+  return (edx & kAll) == kAll && tiles_granted();
+}
+#endif
+#else
+bool has_amx() { return false; }
 bool has_avx2() { return false; }
 bool has_avx512_vnni() { return false; }
 bool has_avx512() { return false; }
@@ -39,6 +66,7 @@ bool has_avx512() { return false; }
 bool always() { return true; }
 
 constexpr Isa kIsas[] = {  // best first
+    {"amx", has_amx, amx_kernel},
     {"avx512", has_avx512, avx512_kernel},
     {"avx512_vnni", has_avx512_vnni, avx512_vnni_kernel},
     {"avx2", has_avx2, avx2_kernel},
