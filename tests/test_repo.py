@@ -41,6 +41,12 @@ def test_only_ops_includes_torch(path: pathlib.Path) -> None:
         assert torch == []
 
 
+def test_sources_have_names_of_their_own() -> None:
+    # torch.utils.cpp_extension.load puts all objects into one folder.
+    stems = [p.stem for p in CPP if p.suffix == ".cpp"]
+    assert len(stems) == len(set(stems))
+
+
 @pytest.mark.parametrize("path", CPP, ids=name)
 def test_strings_are_not_boxed_by_torch(path: pathlib.Path) -> None:
     code = re.sub(r"//.*", "", path.read_text())

@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../cpu/forward.h"
-#include "forward.h"
+#include "operator.h"
 
 #define PFA_SCHEMA(name, lengths)                                                               \
   name "(Tensor query, Tensor key, Tensor value, *, Tensor? pse_shift=None, "                   \
