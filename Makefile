@@ -42,7 +42,7 @@ dev: $(BUILT)  ## .venv with the tools and an importable, editable pfa
 
 sanitize:  ## the torch-free C++ core under ASan and UBSan
 	@mkdir -p build
-	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
+	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DPFA_EMULATE_AMX \
 	  tests/cpu/*.cpp csrc/cpu/*.cpp -lpthread -o build/core_sanitized
 	./build/core_sanitized
 
