@@ -15,6 +15,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 COMPILE_FLAGS = [
     "-std=c++17",
     "-O3",
+    "-g0",
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",

@@ -332,6 +332,12 @@ def test_gradients_pass_beside_the_operator() -> None:
     assert torch.equal(weight.grad, x)
 
 
+def test_output_that_does_not_fit() -> None:
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match=r"^pfa.forward could not allocate an output .* \(1, 1,"):
+        torch.ops.pfa.forward(x.expand(1, 1, 2**58, 1), x, x, input_layout="BNSD")
+
+
 def resident_bytes() -> int:
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096

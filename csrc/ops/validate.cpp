@@ -4,6 +4,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <stdexcept>
+#include <utility>
+
 #include "check.h"
 #include "validate_steps.h"
 
@@ -28,8 +31,13 @@ Tensor new_output(const Arguments& args, Layout layout, bool zeros) {
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
   if (layout == Layout::kBnsdBsnd) std::swap(shape[1], shape[2]);
   const ScalarType dtype = output_dtype(args);
-  return zeros ? torch::stable::new_zeros(args.query, shape, dtype)
-               : torch::stable::new_empty(args.query, shape, dtype);
+  try {
+    return zeros ? torch::stable::new_zeros(args.query, shape, dtype)
+                 : torch::stable::new_empty(args.query, shape, dtype);
+  } catch (const std::runtime_error&) {  // the reason does not cross the stable ABI before 2.13
+    throw std::runtime_error("pfa.forward could not allocate an output as large as query, " +
+                             shape_text(args.query));
+  }
 }
 
 // The tensor itself if its last dimension can be read in steps of one element, else a copy.
