@@ -21,9 +21,13 @@ namespace pfa::cpu {
 namespace {
 
 #if defined(__x86_64__)
+bool has_f16c() {  // a name that not every compiler's __builtin_cpu_supports knows
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
+}
+
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
 bool has_avx512_vnni() {

@@ -5,8 +5,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
+PFA_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define PFA_ISA amx
 namespace pfa::cpu::PFA_ISA {
 constexpr int kRows = 32;
@@ -30,7 +29,7 @@ const Kernel kBf16 = make_kernel<TileBf16>();
 const Kernel kFp16 = make_kernel<TileSplit>();
 const Kernel kInt8 = make_kernel<TileI8>();
 }  // namespace pfa::cpu::amx
-#pragma GCC pop_options
+PFA_TARGET_END
 
 namespace pfa::cpu {
 

@@ -6,8 +6,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+PFA_TARGET_BEGIN("avx2,fma,f16c")
 #define PFA_ISA avx2
 namespace pfa::cpu::PFA_ISA {
 // 6 x 2 accumulators, 2 loads and a broadcast fill the 16 vector registers.
@@ -28,7 +27,7 @@ namespace pfa::cpu::avx2 {
 const Kernel kFloat = make_kernel<DotF32<false>>();
 const Kernel kInt8 = make_kernel<DotF32<true>>();
 }  // namespace pfa::cpu::avx2
-#pragma GCC pop_options
+PFA_TARGET_END
 
 namespace pfa::cpu {
 const Kernel* avx2_kernel(DType dtype) {

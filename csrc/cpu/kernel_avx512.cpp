@@ -5,8 +5,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
+PFA_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define PFA_ISA avx512
 namespace pfa::cpu::PFA_ISA {
 // 6 x 4 accumulators, 4 loads and a broadcast fill the 32 vector registers.
@@ -31,7 +30,7 @@ const Kernel kFp16 = make_kernel<DotI16>();
 const Kernel kFp32 = make_kernel<DotF32<false>>();
 const Kernel kInt8 = make_kernel<DotI8>();
 }  // namespace pfa::cpu::avx512
-#pragma GCC pop_options
+PFA_TARGET_END
 
 namespace pfa::cpu {
 

@@ -69,7 +69,8 @@ PFA_INLINE VF exp2(VF x) {
 
 PFA_INLINE VF keep_range(VF x, int begin, int end) {
   const VI lane = {0, 1, 2, 3};
-  return (lane >= isplat(begin)) & (lane < isplat(end)) ? x : splat(-INFINITY);
+  const VI inside = (lane >= isplat(begin)) & (lane < isplat(end));
+  return inside ? x : splat(-INFINITY);
 }
 PFA_INLINE VF drop_masked(VF x, const uint8_t* mask, int count) {
   for (int i = 0; i < std::min(count, kLanes); ++i) {

@@ -14,6 +14,17 @@
 #include "half.h"
 #include "plan.h"
 
+// Code between these may use the instruction sets in `features`, a string of target names.
+#define PFA_PRAGMA(tokens) _Pragma(#tokens)
+#if defined(__clang__)
+#define PFA_TARGET_BEGIN(features) \
+  PFA_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define PFA_TARGET_END PFA_PRAGMA(clang attribute pop)
+#else
+#define PFA_TARGET_BEGIN(features) PFA_PRAGMA(GCC push_options) PFA_PRAGMA(GCC target(features))
+#define PFA_TARGET_END PFA_PRAGMA(GCC pop_options)
+#endif
+
 #define PFA_INLINE inline __attribute__((always_inline))
 #define PFA_NOINLINE __attribute__((noinline))
 #define PFA_INLINE_LAMBDA __attribute__((always_inline))
