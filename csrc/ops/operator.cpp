@@ -22,8 +22,8 @@ StableIValue call_unary(const char* name, const Tensor& tensor) {
 }
 
 // The stable ABI has no requires_grad(); but under grad mode a view of a tensor that requires grad
-// is never a leaf. Nothing is registered for the Autograd key: a kernel there would cost every call a
-// second dispatch, and torch's own fallback warns in the one case not seen here, torch.func.grad.
+// is never a leaf. Nothing is registered for the Autograd key: a kernel there would cost every call
+// a second dispatch, and torch's own fallback warns in the one case not seen here, torch.func.grad.
 bool requires_grad(const Tensor& tensor) {
   if (dtype_of(tensor) == torch::headeronly::ScalarType::Char) return false;
   const auto view = torch::stable::detail::to<Tensor>(call_unary("aten::alias", tensor));
