@@ -94,12 +94,16 @@ PFA_INLINE void tile_zero() {
 }
 template <int kTile>
 PFA_INLINE void tile_load(const uint32_t* p, int64_t stride_words) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride_words * 4), "i"(kTile)
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2"
+               :
+               : "r"(p), "r"(stride_words * 4), "i"(kTile)
                : "memory");
 }
 template <int kTile>
 PFA_INLINE void tile_store(uint32_t* p, int64_t stride_words) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride_words * 4), "i"(kTile)
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)"
+               :
+               : "r"(p), "r"(stride_words * 4), "i"(kTile)
                : "memory");
 }
 template <int kC, int kA, int kB>

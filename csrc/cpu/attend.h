@@ -23,7 +23,7 @@ void pack_queries(const Block& block, const BlockScratch<Dot>& scratch) {
       scale = Dot::choose_query_scale(rows, row, &scratch.q_step[r], &scratch.q_norm[r]);
     }
     for (int plane = 0; plane < Dot::kPlanes; ++plane) {
-      Dot::convert(rows.dtype, row, rows.d, round_up(groups, 16) * Dot::kPack, {&scale, 0, plane},
+      Dot::convert(rows.dtype, row, rows.d, round_up(groups, 16) * Dot::kPack, {plane, scale},
                    reinterpret_cast<typename Dot::Element*>(stage));
       std::memcpy(out + plane * groups, stage, static_cast<size_t>(groups) * 4);
     }
@@ -35,24 +35,24 @@ void pack_queries(const Block& block, const BlockScratch<Dot>& scratch) {
 
 // 0 * NaN would leak a masked value: panels with infinities or NaN take only pairs with p != 0.
 template <class Dot>
-void accumulate_nonfinite(const Block& block, const StripView& view, uint32_t panels,
-                          int64_t tile_begin, const uint32_t* p, int64_t ldp, float* o,
-                          int64_t ldo) {
+PFA_NOINLINE void accumulate_nonfinite(const Block& block, const Strip<Dot>& strip,
+                                       int64_t tile_begin) {
   const Problem& problem = block.problem;
   const SourceRows values =
       source_rows(problem.v, problem, block.b, block.head / problem.heads_per_group());
   alignas(64) float row[512];
-  for (int i = 0; i < view.panels; ++i) {
-    if (!(panels >> view.panel[i] & 1u)) continue;
-    for (int column = 0; column < kPanel; ++column) {
-      const int64_t j = tile_begin + view.panel[i] * kPanel + column;
-      if (j >= block.keys) break;
+  for (int i = 0; i < strip.view.panels; ++i) {
+    if (!strip.has_nonfinite(strip.view.panel[i])) continue;
+    const int64_t begin = tile_begin + strip.view.panel[i] * kPanel;
+    for (int64_t j = begin; j < std::min(begin + kPanel, block.keys); ++j) {
       DotF32<false>::convert(values.dtype, values.row(j), values.d, round_up(values.d, kLanes), {},
                              row);
       for (int r = 0; r < kRows; ++r) {
-        const float weight = Dot::load_p(p + r * ldp, i * kPanel + column);
+        const float weight = Dot::load_p(strip.scratch.p + r * strip.scratch.ldp,
+                                         static_cast<int>(i * kPanel + j - begin));
         if (weight == 0.0f) continue;
-        for (int64_t d = 0; d < values.d; ++d) o[r * ldo + d] += weight * row[d];
+        float* o = strip.o() + r * strip.scratch.ldo;
+        for (int64_t d = 0; d < values.d; ++d) o[d] += weight * row[d];
       }
     }
   }
@@ -71,29 +71,22 @@ void for_each_tile(const Block& block, const std::byte* tiles, int64_t first_til
 }
 
 template <class Dot>
-void attend_tile(const Block& block, const BlockScratch<Dot>& scratch, const std::byte* tile_bytes,
+void attend_tile(const Block& block, const BlockScratch<Dot>& scratch, const std::byte* tile,
                  int64_t tile_begin) {
   const TileLayout<Dot> layout(block.plan);
-  const auto* tile = reinterpret_cast<const uint32_t*>(tile_bytes);
-  const TileHeader& header = *layout.header(tile_bytes);
-  constexpr int kPadded = (kRows + kLanes - 1) / kLanes * kLanes;
-  alignas(64) float alpha[kPadded], step[kPadded];
+  alignas(64) float alpha[kPaddedRows], unit[kPaddedRows];
   for (int first = 0; first < block.rows; first += kRows) {
-    const StripView view = view_strip(block, first, tile_begin);
-    if (view.panels == 0) continue;
-    float* o = scratch.o + first * scratch.ldo;
-    score_strip<Dot>(layout, tile, view, scratch.q + first * scratch.ldq, scratch.ldq, scratch.s);
+    const Strip<Dot> strip{layout, tile,  scratch, view_strip(block, first, tile_begin),
+                           first,  alpha, unit};
+    if (strip.view.panels == 0) continue;
+    score_strip<Dot>(strip);
     if constexpr (Dot::kScaled) {
-      for (int r = 0; r < kRows; ++r) step[r] = scratch.q_step[first + r] * header.key_step;
+      const float key_step = layout.header(tile)->key_step;
+      for (int r = 0; r < kRows; ++r) unit[r] = scratch.q_step[first + r] * key_step;
     }
-    softmax_strip<Dot>(view, block.softmax, scratch.s, scratch.p, scratch.ldp,
-                       scratch.row_max + first, scratch.row_sum + first, alpha, step);
-    accumulate_strip<Dot>(layout, tile, view, scratch.p, scratch.ldp, alpha, step,
-                          block.problem.head_dim, o, scratch.ldo);
-    if (header.nonfinite_values) {
-      accumulate_nonfinite<Dot>(block, view, header.nonfinite_values, tile_begin, scratch.p,
-                                scratch.ldp, o, scratch.ldo);
-    }
+    softmax_strip<Dot>(strip, block.softmax);
+    accumulate_strip<Dot>(strip);
+    if (layout.header(tile)->nonfinite_values) accumulate_nonfinite<Dot>(block, strip, tile_begin);
   }
 }
 
@@ -194,8 +187,7 @@ template <class Dot>
 void configure(Plan& plan) {
   plan.groups_k = TileLayout<Dot>(plan).groups_k;
   plan.tile_bytes = round_up(TileLayout<Dot>(plan).bytes(), 64);
-  plan.scratch_bytes =
-      BlockScratch<Dot>::bytes(plan);
+  plan.scratch_bytes = BlockScratch<Dot>::bytes(plan);
   if constexpr (Dot::kScaled) plan.scratch_bytes += fixed_scratch_bytes<Dot>(plan);
 }
 

@@ -4,10 +4,23 @@
 
 namespace pfa::cpu::PFA_ISA {
 
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kNoMax = -3.402823466e38f;  // row_max of a row that has seen no key: see softmax.h
+constexpr int kPaddedRows = (kRows + kLanes - 1) / kLanes * kLanes;
+
+// How scores become probabilities, for a whole call.
+struct SoftmaxParams {
+  float scale_log2 = 0.0f;  // softmax_scale * log2(e), int8: * descale_s
+  bool monotonic = false;   // scale_log2 >= 0: the largest score has the largest exponent
+  bool bias_is_bf16 = false;
+  float p_scale = 1.0f;  // kQuantised: |quant_scale1|
+  float p_limit = 0.0f;  // kQuantised: 127, or 128 where quant_scale1 < 0 (saturation at -128)
+};
+
 // Working memory of one block; carved out of the thread's scratch.
 template <class Dot>
 struct BlockScratch {
-  static constexpr int kStateRows = kBlockM + 16;  // a vector load at the last strip stays inside
+  static constexpr int kStateRows = kBlockM + kPaddedRows;  // whole vectors at the last strip
 
   BlockScratch(const Plan& plan, std::byte* memory)
       : ldq(Dot::kPlanes * TileLayout<Dot>(plan).groups_k), ldo(int64_t{plan.d_panels} * kPanel) {
@@ -33,15 +46,15 @@ struct BlockScratch {
   }
 
   static constexpr int64_t ldp = Dot::kPlanes * kMaxBlockN / Dot::kPack;
-  int64_t ldq, ldo;   // words, floats
-  uint32_t* q;        // (kBlockM, ldq) packed
-  uint32_t* s;        // (kRows, kMaxBlockN) scores of a strip
-  uint32_t* p;        // (kRows, ldp) packed P of a strip
-  float* o;           // (kBlockM, ldo)
-  float* row_max;     // (kBlockM)
-  float* row_sum;     // (kBlockM)
-  float* q_step;      // (kBlockM) Dot::kScaled: real q = q_step * stored q
-  float* q_norm;      // (kBlockM) Dot::kScaled: of the real rows
+  int64_t ldq, ldo;  // words, floats
+  uint32_t* q;       // (kBlockM, ldq) packed
+  uint32_t* s;       // (kRows, kMaxBlockN) scores of a strip
+  uint32_t* p;       // (kRows, ldp) packed P of a strip
+  float* o;          // (kBlockM, ldo)
+  float* row_max;    // (kBlockM)
+  float* row_sum;    // (kBlockM)
+  float* q_step;     // (kBlockM) Dot::kScaled: real q = q_step * stored q
+  float* q_norm;     // (kBlockM) Dot::kScaled: of the real rows
   std::byte* end;
 };
 
@@ -50,13 +63,17 @@ struct Block {
   const Plan& plan;
   const Problem& problem;
   int64_t b, head, m_block;
-  int64_t row_begin;   // first query row
-  int rows;            // rows inside the valid length
-  int64_t keys;        // valid keys of this batch element
+  int64_t row_begin;  // first query row
+  int rows;           // rows inside the valid length
+  int64_t keys;       // valid keys of this batch element
   SoftmaxParams softmax;
 
   Block(const Plan& plan_, int64_t b_, int64_t head_, int64_t m_block_)
-      : plan(plan_), problem(*plan_.problem), b(b_), head(head_), m_block(m_block_),
+      : plan(plan_),
+        problem(*plan_.problem),
+        b(b_),
+        head(head_),
+        m_block(m_block_),
         row_begin(m_block_ * kBlockM),
         rows(static_cast<int>(std::clamp<int64_t>(problem.rows_used(b_) - row_begin, 0, kBlockM))),
         keys(problem.keys_used(b_)) {
@@ -73,7 +90,39 @@ struct Block {
   }
 };
 
-// What strip rows [first, first + kRows) of the block see of the tile whose first key is tile_begin.
+// What a strip sees of one tile.
+struct StripView {
+  int panels = 0;         // visible key panels
+  int panel[kMaxPanels];  // their indices in the tile, ascending
+  bool masked = false;    // some pair of a visible panel is not visible
+  int begin[kRows];       // row r sees tile columns [begin, end) by band and length
+  int end[kRows];
+  const uint8_t* mask[kRows];  // dense mask at tile column 0; null: none, or all visible
+  const void* bias[kRows];     // bias at tile column 0; null: none
+  int columns = 0;             // tile columns that exist: mask and bias hold no more
+};
+
+// One pass of kRows rows of the block over a tile.
+template <class Dot>
+struct Strip {
+  const TileLayout<Dot>& layout;
+  const std::byte* tile;
+  const BlockScratch<Dot>& scratch;
+  StripView view;
+  int first;     // row of the block
+  float* alpha;  // (kPaddedRows) what softmax multiplies the rows' past by
+  float* unit;   // (kRows) Dot::kScaled: of the scores, then of P
+
+  [[nodiscard]] const uint32_t* words() const { return reinterpret_cast<const uint32_t*>(tile); }
+  [[nodiscard]] const uint32_t* q() const { return scratch.q + first * scratch.ldq; }
+  [[nodiscard]] float* o() const { return scratch.o + first * scratch.ldo; }
+  [[nodiscard]] bool has_nonfinite(int panel) const {
+    return (layout.header(tile)->nonfinite_values >> panel & 1u) != 0;
+  }
+};
+
+// What strip rows [first, first + kRows) of the block see of the tile whose first key is
+// tile_begin.
 inline StripView view_strip(const Block& block, int first, int64_t tile_begin) {
   const Problem& problem = block.problem;
   StripView view;
@@ -84,8 +133,10 @@ inline StripView view_strip(const Block& block, int first, int64_t tile_begin) {
     const int row_in_block = std::min(first + r, block.rows - 1);  // padding repeats the last row
     const int64_t row = block.row_begin + row_in_block;
     const int64_t diagonal = row + anchor - tile_begin;
-    view.begin[r] = static_cast<int>(std::clamp<int64_t>(diagonal + problem.band.lo, 0, kMaxBlockN));
-    view.end[r] = static_cast<int>(std::clamp<int64_t>(diagonal + problem.band.hi + 1, 0, view.columns));
+    view.begin[r] =
+        static_cast<int>(std::clamp<int64_t>(diagonal + problem.band.lo, 0, kMaxBlockN));
+    view.end[r] =
+        static_cast<int>(std::clamp<int64_t>(diagonal + problem.band.hi + 1, 0, view.columns));
     begin_min = std::min(begin_min, view.begin[r]);
     end_max = std::max(end_max, view.end[r]);
     begin_max = std::max(begin_max, view.begin[r]);
@@ -93,8 +144,9 @@ inline StripView view_strip(const Block& block, int first, int64_t tile_begin) {
     view.mask[r] = nullptr;
     view.bias[r] = nullptr;
     if (problem.bias.data) {
-      view.bias[r] = static_cast<const uint16_t*>(problem.bias.data) + block.b * problem.bias.batch +
-                     block.head * problem.bias.head + row * problem.bias.row + tile_begin;
+      view.bias[r] = static_cast<const uint16_t*>(problem.bias.data) +
+                     block.b * problem.bias.batch + block.head * problem.bias.head +
+                     row * problem.bias.row + tile_begin;
     }
   }
   const Visibility* visibility = nullptr;
@@ -116,8 +168,8 @@ inline StripView view_strip(const Block& block, int first, int64_t tile_begin) {
     view.masked = true;
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = block.row_begin + std::min(first + r, block.rows - 1);
-      view.mask[r] = problem.mask.data + block.b * problem.mask.batch + row * problem.mask.row +
-                     tile_begin;
+      view.mask[r] =
+          problem.mask.data + block.b * problem.mask.batch + row * problem.mask.row + tile_begin;
     }
   }
   return view;

@@ -35,12 +35,12 @@ PFA_INLINE VF load_as_float(DType dtype, const void* row, int64_t d, int count) 
   }
 }
 
-// How a row becomes Elements: a factor for every channel (stride 1) or one for all (stride 0), if
-// Dot::kScaled; and which of the Dot::kPlanes parts of each value is wanted.
+// How a row becomes Elements: which of the Dot::kPlanes parts of each value is wanted and, if
+// Dot::kScaled, what to multiply by, all channels and (unless null) each.
 struct Conversion {
-  const float* scales = nullptr;
-  int64_t stride = 0;
   int plane = 0;
+  float scale = 1.0f;
+  const float* channel_scales = nullptr;
 };
 
 struct NoSession {};  // nothing to set up in a thread

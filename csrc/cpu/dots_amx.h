@@ -10,9 +10,13 @@ struct TileBf16 : DotBf16 {
   static constexpr int kGroupAlign = kTileWords;
 
   template <int kC, int kA, int kB>
-  static PFA_INLINE void score() { tile_dot_bf16<kC, kA, kB>(); }
+  static PFA_INLINE void score() {
+    tile_dot_bf16<kC, kA, kB>();
+  }
   template <int kC, int kA, int kB>
-  static PFA_INLINE void weigh() { tile_dot_bf16<kC, kA, kB>(); }
+  static PFA_INLINE void weigh() {
+    tile_dot_bf16<kC, kA, kB>();
+  }
 };
 
 // int8 fours; q and k signed, P unsigned.
@@ -22,9 +26,13 @@ struct TileI8 : DotI8 {
   static constexpr bool kUnsignedA = false;
 
   template <int kC, int kA, int kB>
-  static PFA_INLINE void score() { tile_dot_int8<kC, kA, kB, false>(); }
+  static PFA_INLINE void score() {
+    tile_dot_int8<kC, kA, kB, false>();
+  }
   template <int kC, int kA, int kB>
-  static PFA_INLINE void weigh() { tile_dot_int8<kC, kA, kB, true>(); }
+  static PFA_INLINE void weigh() {
+    tile_dot_int8<kC, kA, kB, true>();
+  }
 };
 
 // fp16 as the exact sum of two bf16, high + low; P likewise, to 16 bits. Three of the four products
@@ -37,9 +45,13 @@ struct TileSplit {
   static constexpr bool kInt = false, kScaled = false, kUnsignedA = false, kQuantised = false;
 
   template <int kC, int kA, int kB>
-  static PFA_INLINE void score() { tile_dot_bf16<kC, kA, kB>(); }
+  static PFA_INLINE void score() {
+    tile_dot_bf16<kC, kA, kB>();
+  }
   template <int kC, int kA, int kB>
-  static PFA_INLINE void weigh() { tile_dot_bf16<kC, kA, kB>(); }
+  static PFA_INLINE void weigh() {
+    tile_dot_bf16<kC, kA, kB>();
+  }
 
   // The 16 leading bits of a float: what bf16 can hold without rounding up.
   static PFA_INLINE VF high_part(VF x) {

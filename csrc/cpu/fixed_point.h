@@ -47,8 +47,7 @@ void attend_tiles_fixed(const Block& block, const BlockScratch<Dot>& scratch,
   ExactTiles exact(block, scratch);
   for_each_tile(block, tiles, first_tile, [&](const std::byte* tile, int64_t tile_begin) {
     const TileHeader& header = *TileLayout<Dot>::header(tile);
-    if (!header.inexact &&
-        Dot::accurate(block.problem.softmax_scale, q_norm, q_step, header)) {
+    if (!header.inexact && Dot::accurate(block.problem.softmax_scale, q_norm, q_step, header)) {
       attend_tile<Dot>(block, scratch, tile, tile_begin);
     } else {
       exact.attend(tile_begin);

@@ -172,7 +172,8 @@ class Forward {
       std::fill_n(owner.begin() + entry.offset, entry.tiles.size(), static_cast<int64_t>(e));
     }
     run_dynamic(executor_, wave.tiles, [&](int64_t task, int64_t) {
-      const Wave::Entry& entry = wave.entries[static_cast<size_t>(owner[static_cast<size_t>(task)])];
+      const Wave::Entry& entry =
+          wave.entries[static_cast<size_t>(owner[static_cast<size_t>(task)])];
       kernel_.pack(plan_, entry.b, entry.head_k, entry.tiles.begin + task - entry.offset,
                    workspace_.get() + task * plan_.tile_bytes);
     });

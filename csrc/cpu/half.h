@@ -49,7 +49,8 @@ inline uint16_t float_to_f16(float x) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds past 65504
-  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded mantissa in the low bits
+  if (magnitude <
+      0x38800000u) {  // subnormal: adding 0.5 leaves the rounded mantissa in the low bits
     const uint32_t aligned = float_to_bits(bits_to_float(magnitude) + 0.5f);
     return static_cast<uint16_t>(sign | (aligned - 0x3f000000u));
   }

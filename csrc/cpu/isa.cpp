@@ -69,7 +69,8 @@ bool has_avx512() { return false; }
 
 bool always() { return true; }
 
-constexpr Isa kIsas[] = {  // best first
+constexpr Isa kIsas[] = {
+    // best first
     {"amx", has_amx, amx_kernel},
     {"avx512", has_avx512, avx512_kernel},
     {"avx512_vnni", has_avx512_vnni, avx512_vnni_kernel},
@@ -96,8 +97,9 @@ const Isa& select_isa() {
   for (const Isa& isa : kIsas) {
     if (std::strcmp(isa.name, wanted) == 0) {
       if (isa.supported()) return isa;
-      throw std::runtime_error("PFA_CPU_ISA must name an instruction set of this processor, which lacks " +
-                               std::string(wanted) + "; the best it has is " + best_isa().name);
+      throw std::runtime_error(
+          "PFA_CPU_ISA must name an instruction set of this processor, which lacks " +
+          std::string(wanted) + "; the best it has is " + best_isa().name);
     }
     names += names.empty() ? isa.name : std::string(", ") + isa.name;
   }

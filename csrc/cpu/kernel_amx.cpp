@@ -18,8 +18,8 @@ constexpr int kRows = 32;
 #include "dots_avx512.h"
 #include "amx_tiles.h"
 #include "dots_amx.h"
-#include "softmax.h"
 #include "block.h"
+#include "softmax.h"
 #include "strip_tiles.h"
 #include "attend.h"
 // clang-format on

@@ -17,8 +17,8 @@ constexpr int kRows = 6, kVectors = 2;
 #include "simd_avx2.h"
 #include "dot.h"
 #include "pack.h"
-#include "softmax.h"
 #include "block.h"
+#include "softmax.h"
 #include "strip_vector.h"
 #include "attend.h"
 // clang-format on

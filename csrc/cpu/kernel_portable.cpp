@@ -12,8 +12,8 @@ constexpr int kRows = 6, kVectors = 2;
 #include "simd_portable.h"
 #include "dot.h"
 #include "pack.h"
-#include "softmax.h"
 #include "block.h"
+#include "softmax.h"
 #include "strip_vector.h"
 #include "attend.h"
 // clang-format on

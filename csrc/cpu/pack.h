@@ -2,7 +2,8 @@
 // Packed storage of one tile of keys and values, and of a block of queries.
 //
 //   TileHeader
-//   value_step  d_panels x 64 floats                          (Dot::kScaled only)
+//   units       of the stored values: a float per padded channel, then one per key
+//               (Dot::kScaled only; see DotI16)
 //   keys        per key panel: [64 int32 initial accumulators (Dot::kUnsignedA only)]
 //               then words [kPlanes][groups_k][64 keys]
 //   values      per key panel, per channel panel: words [kPlanes][64 / kPack groups][64 channels]
@@ -14,25 +15,25 @@ namespace pfa::cpu::PFA_ISA {
 
 struct alignas(64) TileHeader {
   uint32_t nonfinite_values;  // bit i: key panel i holds an infinite or NaN value
-  bool inexact;               // fixed point would lose accuracy here: use DotF32 (Dot::kScaled only)
-  float key_step;             // real key = key_step * stored key (Dot::kScaled only)
-  float key_norm;             // largest norm of a key (Dot::kScaled only)
+  bool inexact;    // fixed point would lose accuracy here: use DotF32 (Dot::kScaled only)
+  float key_step;  // real key = key_step * stored key (Dot::kScaled only)
+  float key_norm;  // largest norm of a key (Dot::kScaled only)
 };
 
 template <class Dot>
 struct TileLayout {
   explicit TileLayout(const Plan& plan)
-      : d_panels(plan.d_panels),
+      : head_dim(plan.problem->head_dim),
         padded_d(int64_t{plan.d_panels} * kPanel),
         panels(plan.block_n / kPanel),
         groups_k(round_up(ceil_div(plan.problem->head_dim, Dot::kPack), Dot::kGroupAlign)),
-        step_words(Dot::kScaled ? padded_d : 0),
+        unit_words(Dot::kScaled ? padded_d + kMaxBlockN : 0),
         key_panel_words((Dot::kUnsignedA ? kPanel : 0) + Dot::kPlanes * groups_k * kPanel),
         value_panel_words(Dot::kPlanes * padded_d * kPanel / Dot::kPack) {}
 
   [[nodiscard]] int64_t bytes() const {
     return static_cast<int64_t>(sizeof(TileHeader)) +
-           4 * (step_words + panels * (key_panel_words + value_panel_words));
+           4 * (unit_words + panels * (key_panel_words + value_panel_words));
   }
   [[nodiscard]] static TileHeader* header(std::byte* tile) {
     return reinterpret_cast<TileHeader*>(tile);
@@ -40,20 +41,21 @@ struct TileLayout {
   [[nodiscard]] static const TileHeader* header(const std::byte* tile) {
     return reinterpret_cast<const TileHeader*>(tile);
   }
-  [[nodiscard]] int64_t steps() const { return sizeof(TileHeader) / 4; }
+  [[nodiscard]] int64_t channel_units() const { return sizeof(TileHeader) / 4; }
+  [[nodiscard]] int64_t key_units() const { return channel_units() + padded_d; }
   [[nodiscard]] int64_t keys(int panel) const {
-    return steps() + step_words + panel * key_panel_words;
+    return channel_units() + unit_words + panel * key_panel_words;
   }
   [[nodiscard]] int64_t values(int panel, int d_panel) const {
     return keys(panels) + panel * value_panel_words +
            d_panel * (Dot::kPlanes * kPanel * kPanel / Dot::kPack);
   }
 
-  int d_panels;
+  int64_t head_dim;
   int64_t padded_d;
   int panels;
   int64_t groups_k;
-  int64_t step_words, key_panel_words, value_panel_words;
+  int64_t unit_words, key_panel_words, value_panel_words;
 };
 
 // One kv head of the call: where its rows are and how many count.
@@ -113,10 +115,11 @@ void pack_key_panel(const TileLayout<Dot>& layout, const SourceRows& keys, int64
   }
 }
 
-// Words [64 / kPack][64 channels] per channel panel from values [begin, end) of one key panel.
+// Words [64 / kPack][64 channels] per channel panel from values [begin, end) of one key panel;
+// row_scales, unless null, multiplies how.scale for each.
 template <class Dot>
 void pack_value_panel(const TileLayout<Dot>& layout, const SourceRows& values, int64_t begin,
-                      int64_t end, const Conversion& how, uint32_t* out) {
+                      int64_t end, Conversion how, const float* row_scales, uint32_t* out) {
   using Element = typename Dot::Element;
   constexpr int kGroups = kPanel / Dot::kPack;
   alignas(64) Element stage[Dot::kPack * 512];
@@ -125,6 +128,7 @@ void pack_value_panel(const TileLayout<Dot>& layout, const SourceRows& values, i
       const int64_t j = begin + group * Dot::kPack + i;
       Element* row = stage + i * layout.padded_d;
       if (j < end) {
+        if (row_scales != nullptr) how.scale = row_scales[j - begin];
         Dot::convert(values.dtype, values.row(j), values.d, layout.padded_d, how, row);
       } else {
         std::memset(row, 0, static_cast<size_t>(layout.padded_d) * sizeof(Element));
@@ -137,43 +141,76 @@ void pack_value_panel(const TileLayout<Dot>& layout, const SourceRows& values, i
   }
 }
 
+// The scales of one tile, Dot::kScaled only.
+struct TileScales {
+  float key = 1.0f;
+  alignas(64) float channel[512];
+  alignas(64) float row[kMaxBlockN];
+};
+
+template <class Dot>
+void choose_scales(const TileLayout<Dot>& layout, const SourceRows& keys, const SourceRows& values,
+                   int64_t begin, int64_t end, TileScales& scales, std::byte* tile) {
+  TileHeader& header = *layout.header(tile);
+  scales.key = Dot::choose_key_scale(keys, begin, end, header);
+  const bool finite =
+      Dot::choose_channel_scales(values, begin, end, layout.padded_d, scales.channel);
+  if (!finite || !Dot::choose_row_scales(values, begin, end, scales.channel, scales.row)) {
+    header.inexact = true;
+    return;
+  }
+  auto* words = reinterpret_cast<float*>(tile);
+  for (int64_t d = 0; d < layout.padded_d; ++d) {
+    words[layout.channel_units() + d] = 1.0f / scales.channel[d];
+  }
+  for (int64_t j = 0; j < kMaxBlockN; ++j) {
+    words[layout.key_units() + j] = j < end - begin ? 1.0f / scales.row[j] : 0.0f;
+  }
+}
+
+template <class Dot>
+void pack_panel(const TileLayout<Dot>& layout, const SourceRows& keys, const SourceRows& values,
+                int64_t begin, int64_t end, int panel, const TileScales* scales, uint32_t* words) {
+  uint32_t* key_words = words + layout.keys(panel) + (Dot::kUnsignedA ? kPanel : 0);
+  uint32_t* value_words = words + layout.values(panel, 0);
+  for (int plane = 0; plane < Dot::kPlanes; ++plane) {
+    Conversion for_keys{plane}, for_values{plane};
+    const float* row_scales = nullptr;
+    if constexpr (Dot::kScaled) {
+      for_keys.scale = scales->key;
+      for_values.channel_scales = scales->channel;
+      row_scales = scales->row + panel * kPanel;
+    }
+    pack_key_panel<Dot>(layout, keys, begin, end, for_keys,
+                        key_words + plane * layout.groups_k * kPanel);
+    pack_value_panel<Dot>(layout, values, begin, end, for_values, row_scales,
+                          value_words + plane * kPanel * kPanel / Dot::kPack);
+  }
+  if constexpr (Dot::kUnsignedA) {
+    Dot::initial_accumulators(key_words, layout.groups_k, key_words - kPanel);
+  }
+}
+
 template <class Dot>
 void pack_tile(const Plan& plan, int64_t b, int64_t head_k, int64_t begin, std::byte* tile) {
   const Problem& problem = *plan.problem;
   const TileLayout<Dot> layout(plan);
-  const int64_t end = problem.keys_used(b);
   const SourceRows keys = source_rows(problem.k, problem, b, head_k);
   const SourceRows values = source_rows(problem.v, problem, b, head_k);
-  auto* words = reinterpret_cast<uint32_t*>(tile);
-  TileHeader header{};
-  alignas(64) float value_scales[512];
-  float key_scale = 1.0f;
-  if constexpr (Dot::kScaled) {
-    const int64_t last = std::min(end, begin + plan.block_n);
-    key_scale = Dot::choose_key_scale(keys, begin, last, header);
-    Dot::choose_value_scales(values, begin, last, layout.padded_d, header, value_scales,
-                             reinterpret_cast<float*>(words + layout.steps()));
-  }
-  const int used = static_cast<int>(
-      std::clamp<int64_t>(ceil_div(end - begin, kPanel), 0, layout.panels));
-  for (int panel = 0; panel < used; ++panel) {
+  const int64_t end = std::min(problem.keys_used(b), begin + plan.block_n);
+  TileHeader& header = *layout.header(tile);
+  header = TileHeader{};
+  [[maybe_unused]] TileScales scales;
+  if constexpr (Dot::kScaled) choose_scales<Dot>(layout, keys, values, begin, end, scales, tile);
+  for (int panel = 0; begin + panel * kPanel < end; ++panel) {
     const int64_t first = begin + panel * kPanel, last = std::min(end, first + kPanel);
     for (int64_t j = first; j < last; ++j) {
       if (!row_is_finite(values, j)) header.nonfinite_values |= 1u << panel;
     }
     if (header.inexact) continue;
-    uint32_t* key_words = words + layout.keys(panel) + (Dot::kUnsignedA ? kPanel : 0);
-    for (int plane = 0; plane < Dot::kPlanes; ++plane) {
-      pack_key_panel<Dot>(layout, keys, first, last, {&key_scale, 0, plane},
-                          key_words + plane * layout.groups_k * kPanel);
-      pack_value_panel<Dot>(layout, values, first, last, {value_scales, 1, plane},
-                            words + layout.values(panel, 0) + plane * kPanel * kPanel / Dot::kPack);
-    }
-    if constexpr (Dot::kUnsignedA) {
-      Dot::initial_accumulators(key_words, layout.groups_k, key_words - kPanel);
-    }
+    pack_panel<Dot>(layout, keys, values, first, last, panel, &scales,
+                    reinterpret_cast<uint32_t*>(tile));
   }
-  *layout.header(tile) = header;
 }
 
 }  // namespace pfa::cpu::PFA_ISA

@@ -14,9 +14,9 @@
 
 namespace pfa::cpu {
 
-constexpr int kBlockM = 96;  // query rows of a task: whole strips of 6 (AVX) and of 32 (AMX) rows
-constexpr int kPanel = 64;   // keys, or output channels, side by side in packed storage
-constexpr int kMaxPanels = 4;                      // panels of keys in a tile
+constexpr int kBlockM = 96;    // query rows of a task: whole strips of 6 (AVX) and of 32 (AMX) rows
+constexpr int kPanel = 64;     // keys, or output channels, side by side in packed storage
+constexpr int kMaxPanels = 4;  // panels of keys in a tile
 constexpr int kMaxBlockN = kMaxPanels * kPanel;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -27,11 +27,11 @@ enum class Visibility : uint8_t { kNone, kSome, kAll };
 
 struct Plan {
   const Problem* problem = nullptr;
-  int block_n = kMaxBlockN;    // keys per tile
-  int d_panels = 0;            // ceil(head_dim / kPanel)
-  int64_t groups_k = 0;        // 32-bit words of one packed q or k row
-  int64_t tile_bytes = 0;      // one packed tile of keys and values
-  int64_t scratch_bytes = 0;   // working memory of one thread
+  int block_n = kMaxBlockN;                // keys per tile
+  int d_panels = 0;                        // ceil(head_dim / kPanel)
+  int64_t groups_k = 0;                    // 32-bit words of one packed q or k row
+  int64_t tile_bytes = 0;                  // one packed tile of keys and values
+  int64_t scratch_bytes = 0;               // working memory of one thread
   const Visibility* visibility = nullptr;  // (mask batch, strip, key panel); null: no mask
   int64_t visibility_batch = 0;            // its strides
   int64_t visibility_row = 0;
@@ -58,8 +58,8 @@ struct Kernel {
   // Packs keys [tile * block_n, ...) of one kv head into out (tile_bytes, 64-byte aligned).
   void (*pack)(const Plan& plan, int64_t b, int64_t head_k, int64_t tile, std::byte* out);
   // Computes output rows [m_block * kBlockM, ...) of one head. tiles starts with first_tile.
-  void (*attend)(const Plan& plan, int64_t b, int64_t head, int64_t m_block,
-                 const std::byte* tiles, int64_t first_tile, std::byte* scratch);
+  void (*attend)(const Plan& plan, int64_t b, int64_t head, int64_t m_block, const std::byte* tiles,
+                 int64_t first_tile, std::byte* scratch);
 };
 
 }  // namespace pfa::cpu

@@ -42,6 +42,7 @@ PFA_INLINE VF as_float(VI a) { return _mm256_castsi256_ps(a); }
 PFA_INLINE VI as_int(VF a) { return _mm256_castps_si256(a); }
 PFA_INLINE VI as_int(VI a) { return a; }
 PFA_INLINE VF to_float(VI a) { return _mm256_cvtepi32_ps(a); }
+PFA_INLINE VF to_float(VF a) { return a; }
 PFA_INLINE VI to_int(VF a) { return _mm256_cvtps_epi32(a); }
 PFA_INLINE VF round_even(VF a) {
   return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

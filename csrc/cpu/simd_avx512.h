@@ -38,6 +38,7 @@ PFA_INLINE VF as_float(VI a) { return _mm512_castsi512_ps(a); }  // same bits
 PFA_INLINE VI as_int(VF a) { return _mm512_castps_si512(a); }
 PFA_INLINE VI as_int(VI a) { return a; }
 PFA_INLINE VF to_float(VI a) { return _mm512_cvtepi32_ps(a); }
+PFA_INLINE VF to_float(VF a) { return a; }
 PFA_INLINE VI to_int(VF a) { return _mm512_cvtps_epi32(a); }  // nearest even
 
 // 2^x with relative error 3.4e-6 (degree 4) or 1e-4 (degree 3) or 1e-7 (5); exact at integers.
@@ -74,9 +75,8 @@ PFA_INLINE VF keep_range(VF x, int begin, int end) {
 
 // Lanes whose mask byte is nonzero become -inf.
 PFA_INLINE VF drop_masked(VF x, const uint8_t* mask, int count) {
-  const __m128i bytes = count >= kLanes
-                            ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask))
-                            : _mm_maskz_loadu_epi8(first(count), mask);
+  const __m128i bytes = count >= kLanes ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask))
+                                        : _mm_maskz_loadu_epi8(first(count), mask);
   return _mm512_mask_mov_ps(x, _mm_test_epi8_mask(bytes, bytes), splat(-INFINITY));
 }
 

@@ -22,9 +22,7 @@ PFA_INLINE VF mul(VF a, VF b) { return a * b; }
 PFA_INLINE VF fma(VF a, VF b, VF c) { return a * b + c; }
 PFA_INLINE VF max(VF a, VF b) { return a > b ? a : b; }
 PFA_INLINE VF min(VF a, VF b) { return a < b ? a : b; }
-PFA_INLINE float reduce_max(VF a) {
-  return std::max(std::max(a[0], a[1]), std::max(a[2], a[3]));
-}
+PFA_INLINE float reduce_max(VF a) { return std::max(std::max(a[0], a[1]), std::max(a[2], a[3])); }
 PFA_INLINE float reduce_add(VF a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 
 PFA_INLINE VI isplat(int32_t x) { return VI{x, x, x, x}; }
@@ -42,6 +40,7 @@ PFA_INLINE VF as_float(VI a) { return reinterpret_cast<VF>(a); }
 PFA_INLINE VI as_int(VF a) { return reinterpret_cast<VI>(a); }
 PFA_INLINE VI as_int(VI a) { return a; }
 PFA_INLINE VF to_float(VI a) { return __builtin_convertvector(a, VF); }
+PFA_INLINE VF to_float(VF a) { return a; }
 
 // Adding and subtracting 1.5 * 2^23 leaves the nearest integer, ties to even, of |a| < 2^22.
 PFA_INLINE VF round_even(VF a) {
@@ -55,8 +54,8 @@ PFA_INLINE VF exp2(VF x) {
   static_assert(kDegree >= 3 && kDegree <= 5);
   const VF low = splat(-127.0f);
   const VF bounded = x < low ? low : (x > splat(128.0f) ? splat(128.0f) : x);  // keeps NaN
-  const VF n = round_even(bounded - splat(0.5f));                  // floor, or one less at integers
-  const VF f = bounded - n;                                        // [0, 1]
+  const VF n = round_even(bounded - splat(0.5f));  // floor, or one less at integers
+  const VF f = bounded - n;                        // [0, 1]
   VF p = fma(f, splat(0.00187931862f), splat(0.00899099465f));
   p = fma(f, p, splat(0.0558186769f));
   p = fma(f, p, splat(0.240159273f));

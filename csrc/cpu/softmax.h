@@ -8,30 +8,6 @@
 
 namespace pfa::cpu::PFA_ISA {
 
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kNoMax = -3.402823466e38f;
-
-// What a strip sees of one tile.
-struct StripView {
-  int panels = 0;             // visible key panels
-  int panel[kMaxPanels];      // their indices in the tile, ascending
-  bool masked = false;        // some pair of a visible panel is not visible
-  int begin[kRows];           // row r sees tile columns [begin, end) by band and length
-  int end[kRows];
-  const uint8_t* mask[kRows];  // dense mask at tile column 0; null: none, or all visible
-  const void* bias[kRows];     // bias at tile column 0; null: none
-  int columns = 0;             // tile columns that exist: mask and bias hold no more
-};
-
-// How scores become probabilities, for a whole call.
-struct SoftmaxParams {
-  float scale_log2 = 0.0f;  // softmax_scale * log2(e), int8: * descale_s
-  bool monotonic = false;   // scale_log2 >= 0: the largest score has the largest exponent
-  bool bias_is_bf16 = false;
-  float p_scale = 1.0f;  // kQuantised: |quant_scale1|
-  float p_limit = 0.0f;  // kQuantised: 127, or 128 where quant_scale1 < 0 (saturation at -128)
-};
-
 template <class Dot>
 PFA_INLINE VF load_score(const uint32_t* s) {
   if constexpr (Dot::kInt) {
@@ -44,8 +20,8 @@ PFA_INLINE VF load_score(const uint32_t* s) {
 // Replaces the strip's raw scores by floats in units of log2 with bias added and masked pairs at
 // -inf; returns the maximum of the row.
 template <class Dot>
-float finish_scores(const StripView& view, const SoftmaxParams& params, float scale_log2,
-                    int r, uint32_t* s) {
+float finish_scores(const StripView& view, const SoftmaxParams& params, float scale_log2, int r,
+                    uint32_t* s) {
   VF largest = splat(-INFINITY);
   for (int i = 0; i < view.panels; ++i) {
     const int base = view.panel[i] * kPanel;
@@ -101,10 +77,7 @@ PFA_INLINE float exponentiate(const SoftmaxParams& params, float scale_log2, flo
     const VF e1 = exp2<Dot::kDegree>(fma(load_score<Score>(s + i + kLanes), scale, offset));
     sum0 = add(sum0, e0);
     sum1 = add(sum1, e1);
-    if constexpr (Dot::kScaled) {
-      store(reinterpret_cast<float*>(s + i), e0);
-      store(reinterpret_cast<float*>(s + i + kLanes), e1);
-    } else if constexpr (Dot::kQuantised) {
+    if constexpr (Dot::kQuantised) {
       const VF k = splat(params.p_scale), limit = splat(params.p_limit);
       Dot::store_p(p, i, min(mul(e0, k), limit), min(mul(e1, k), limit));
     } else {
@@ -114,42 +87,82 @@ PFA_INLINE float exponentiate(const SoftmaxParams& params, float scale_log2, flo
   return reduce_add(add(sum0, sum1));
 }
 
-// Scores s[kRows][kMaxBlockN] -> probabilities p[kRows][ldp words]; updates the running row_max and
-// row_sum, and gives the factor alpha[r] for what the row has accumulated so far. row_scale[r]
-// multiplies scale_log2 on the way in, and on the way out is the unit of the stored P; both are
-// 1 unless Dot::kScaled.
+// The same for a fixed-point Dot: P times the keys' units, in the largest steps (the strip's unit
+// for the row) that keep every panel's sum within Dot::kMaxSumP.
+template <class Score, class Dot>
+PFA_INLINE float exponentiate_fixed(const Strip<Dot>& strip, int r, float scale_log2,
+                                    float row_max) {
+  const VF scale = splat(scale_log2), offset = splat(-row_max);
+  auto* s = strip.scratch.s + r * kMaxBlockN;
+  VF sum = splat(0.0f), largest = sum, largest_panel = sum;
+  for (int i = 0; i < strip.view.panels; ++i) {
+    const auto* units = reinterpret_cast<const float*>(strip.words() + strip.layout.key_units()) +
+                        strip.view.panel[i] * kPanel;
+    VF panel = splat(0.0f);
+    for (int v = 0; v < kPanel; v += kLanes) {
+      uint32_t* at = s + i * kPanel + v;
+      const VF e = exp2<Dot::kDegree>(fma(load_score<Score>(at), scale, offset));
+      const VF weight = mul(e, load(units + v));
+      sum = add(sum, e);
+      panel = add(panel, weight);
+      largest = max(weight, largest);
+      store(reinterpret_cast<float*>(at), weight);
+    }
+    largest_panel = max(panel, largest_panel);  // lane by lane: not below any panel's sum
+  }
+  const float peak = reduce_max(largest), panel_sum = reduce_add(largest_panel);
+  const float steps =
+      peak > 0.0f ? std::min(Dot::kMaxElement / peak, Dot::kMaxSumP / panel_sum) : 1.0f;
+  strip.unit[r] = 1.0f / steps;
+  const auto* weights = reinterpret_cast<const float*>(s);
+  for (int i = 0; i < strip.view.panels * kPanel; i += 2 * kLanes) {
+    Dot::store_p(strip.scratch.p + r * strip.scratch.ldp, i, mul(load(weights + i), splat(steps)),
+                 mul(load(weights + i + kLanes), splat(steps)));
+  }
+  return reduce_add(sum);
+}
+
+// Probabilities of one row from its scores, finished (floats in units of log2) or as they are.
+template <class Score, class Dot>
+PFA_INLINE float weigh_row(const Strip<Dot>& strip, const SoftmaxParams& params, int r,
+                           float scale_log2, float row_max) {
+  if constexpr (Dot::kScaled) {
+    return exponentiate_fixed<Score, Dot>(strip, r, scale_log2, row_max);
+  } else {
+    return exponentiate<Score, Dot>(params, scale_log2, row_max, strip.view.panels * kPanel,
+                                    strip.scratch.s + r * kMaxBlockN,
+                                    strip.scratch.p + r * strip.scratch.ldp);
+  }
+}
+
+// Scores -> probabilities in the strip's scratch; updates the running row_max and row_sum, gives
+// the factor alpha[r] for what the row has accumulated so far and, if Dot::kScaled, the units: of
+// the scores on the way in, of P on the way out.
 template <class Dot>
-PFA_INLINE void softmax_strip(const StripView& view, const SoftmaxParams& params,
-                              uint32_t* s, uint32_t* p, int64_t ldp, float* row_max,
-                              float* row_sum, float* alpha, float* row_scale) {
-  constexpr int kPadded = (kRows + kLanes - 1) / kLanes * kLanes;
-  alignas(64) float largest[kPadded], scale[kPadded];
+PFA_INLINE void softmax_strip(const Strip<Dot>& strip, const SoftmaxParams& params) {
+  const StripView& view = strip.view;
   const int columns = view.panels * kPanel;
   const bool finish = view.masked || view.bias[0] || !params.monotonic;
-  for (int r = 0; r < kPadded; ++r) {
-    scale[r] = r < kRows ? params.scale_log2 * (Dot::kScaled ? row_scale[r] : 1.0f) : 0.0f;
-    if (r >= kRows) {
-      largest[r] = kNoMax;
-    } else if (finish) {
-      largest[r] = finish_scores<Dot>(view, params, scale[r], r, s + r * kMaxBlockN);
-    } else {
-      largest[r] = raw_max<Dot>(s + r * kMaxBlockN, columns, scale[r]);
-    }
+  const auto scores = [&](int r) { return strip.scratch.s + r * kMaxBlockN; };
+  alignas(64) float largest[kPaddedRows], scale[kPaddedRows];
+  std::fill_n(largest, kPaddedRows, kNoMax);
+  for (int r = 0; r < kRows; ++r) {
+    scale[r] = params.scale_log2 * (Dot::kScaled ? strip.unit[r] : 1.0f);
+    largest[r] = finish ? finish_scores<Dot>(view, params, scale[r], r, scores(r))
+                        : raw_max<Dot>(scores(r), columns, scale[r]);
   }
-  for (int r = 0; r < kPadded; r += kLanes) {  // row_max and alpha have room for kPadded rows
+  float* row_max = strip.scratch.row_max + strip.first;
+  float* row_sum = strip.scratch.row_sum + strip.first;
+  for (int r = 0; r < kPaddedRows; r += kLanes) {
     const VF old = load(row_max + r), updated = max(load(largest + r), old);
-    store(alpha + r, exp2<5>(sub(old, updated)));
+    store(strip.alpha + r, exp2<5>(sub(old, updated)));
     store(largest + r, updated);
   }
   for (int r = 0; r < kRows; ++r) {
-    uint32_t* row = s + r * kMaxBlockN;
-    const float sum = finish ? exponentiate<DotF32<false>, Dot>(params, 1.0f, largest[r], columns,
-                                                                row, p + r * ldp)
-                             : exponentiate<Dot, Dot>(params, scale[r], largest[r], columns, row,
-                                                      p + r * ldp);
+    const float sum = finish ? weigh_row<DotF32<false>, Dot>(strip, params, r, 1.0f, largest[r])
+                             : weigh_row<Dot, Dot>(strip, params, r, scale[r], largest[r]);
     row_max[r] = largest[r];
-    row_sum[r] = row_sum[r] * alpha[r] + sum;
-    if constexpr (Dot::kScaled) row_scale[r] = Dot::store_fixed(row, sum, columns, p + r * ldp);
+    row_sum[r] = row_sum[r] * strip.alpha[r] + sum;
   }
 }
 

@@ -39,17 +39,17 @@ constexpr PlanePair plane_pair(int product) {
 
 // s[r][i * 64 + ...] = q rows . keys of visible panel i
 template <class Dot>
-PFA_NOINLINE void score_strip(const TileLayout<Dot>& layout, const uint32_t* tile,
-                              const StripView& view, const uint32_t* q, int64_t ldq, uint32_t* s) {
-  for (int i = 0; i < view.panels; ++i) {
-    const uint32_t* keys = tile + layout.keys(view.panel[i]);
+PFA_NOINLINE void score_strip(const Strip<Dot>& strip) {
+  const int64_t groups = strip.layout.groups_k, ldq = strip.scratch.ldq;
+  for (int i = 0; i < strip.view.panels; ++i) {
+    const uint32_t* keys = strip.words() + strip.layout.keys(strip.view.panel[i]);
     for (int column = 0; column < kPanel; column += kTileColumns) {
       zero_accumulators();
       for (int product = 0; product < kProducts<Dot>; ++product) {
         const PlanePair planes = plane_pair(product);
-        const uint32_t* a = q + planes.a * layout.groups_k;
-        const uint32_t* b = keys + planes.b * layout.groups_k * kPanel + column;
-        for (int64_t g = 0; g < layout.groups_k; g += kTileWords) {
+        const uint32_t* a = strip.q() + planes.a * groups;
+        const uint32_t* b = keys + planes.b * groups * kPanel + column;
+        for (int64_t g = 0; g < groups; g += kTileWords) {
           load_operands(a + g, ldq, b + g * kPanel);
           Dot::template score<0, 4, 6>();
           Dot::template score<1, 4, 7>();
@@ -57,45 +57,48 @@ PFA_NOINLINE void score_strip(const TileLayout<Dot>& layout, const uint32_t* til
           Dot::template score<3, 5, 7>();
         }
       }
-      store_accumulators(s + i * kPanel + column, kMaxBlockN);
+      store_accumulators(strip.scratch.s + i * kPanel + column, kMaxBlockN);
+    }
+  }
+}
+
+// Accumulators = p . values, channels [d, d + kTileColumns).
+template <class Dot>
+PFA_INLINE void weigh_values(const Strip<Dot>& strip, int64_t d) {
+  constexpr int kGroups = kPanel / Dot::kPack;  // words of a P row per panel
+  const int d_panel = static_cast<int>(d / kPanel);
+  zero_accumulators();
+  for (int i = 0; i < strip.view.panels; ++i) {
+    const int panel = strip.view.panel[i];
+    if (strip.has_nonfinite(panel)) continue;
+    const uint32_t* values = strip.words() + strip.layout.values(panel, d_panel) + d % kPanel;
+    for (int product = 0; product < kProducts<Dot>; ++product) {
+      const PlanePair planes = plane_pair(product);
+      const uint32_t* a = strip.scratch.p + planes.a * (kMaxBlockN / Dot::kPack) + i * kGroups;
+      const uint32_t* b = values + planes.b * kGroups * kPanel;
+      for (int g = 0; g < kGroups; g += kTileWords) {
+        load_operands(a + g, strip.scratch.ldp, b + g * kPanel);
+        Dot::template weigh<0, 4, 6>();
+        Dot::template weigh<1, 4, 7>();
+        Dot::template weigh<2, 5, 6>();
+        Dot::template weigh<3, 5, 7>();
+      }
     }
   }
 }
 
 // o[r][...] = alpha[r] * o + p . values
 template <class Dot>
-PFA_NOINLINE void accumulate_strip(const TileLayout<Dot>& layout, const uint32_t* tile,
-                                   const StripView& view, const uint32_t* p, int64_t ldp,
-                                   const float* alpha, const float*, int64_t head_dim, float* o,
-                                   int64_t ldo) {
-  constexpr int kGroups = kPanel / Dot::kPack;  // words of a P row per panel
-  const uint32_t skip =
-      TileLayout<Dot>::header(reinterpret_cast<const std::byte*>(tile))->nonfinite_values;
+PFA_NOINLINE void accumulate_strip(const Strip<Dot>& strip) {
   alignas(64) uint32_t sums[kRows * kTileColumns];
-  for (int64_t d = 0; d < head_dim; d += kTileColumns) {
-    zero_accumulators();
-    for (int i = 0; i < view.panels; ++i) {
-      if (skip >> view.panel[i] & 1u) continue;
-      const uint32_t* values =
-          tile + layout.values(view.panel[i], static_cast<int>(d / kPanel)) + d % kPanel;
-      for (int product = 0; product < kProducts<Dot>; ++product) {
-        const PlanePair planes = plane_pair(product);
-        const uint32_t* a = p + planes.a * (kMaxBlockN / Dot::kPack) + i * kGroups;
-        const uint32_t* b = values + planes.b * kGroups * kPanel;
-        for (int g = 0; g < kGroups; g += kTileWords) {
-          load_operands(a + g, ldp, b + g * kPanel);
-          Dot::template weigh<0, 4, 6>();
-          Dot::template weigh<1, 4, 7>();
-          Dot::template weigh<2, 5, 6>();
-          Dot::template weigh<3, 5, 7>();
-        }
-      }
-    }
+  for (int64_t d = 0; d < strip.layout.head_dim; d += kTileColumns) {
+    weigh_values<Dot>(strip, d);
     store_accumulators(sums, kTileColumns);
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kTileColumns; v += kLanes) {
-        float* at = o + r * ldo + d + v;
-        store(at, fma(load(at), splat(alpha[r]), load_score<Dot>(sums + r * kTileColumns + v)));
+        float* at = strip.o() + r * strip.scratch.ldo + d + v;
+        const VF sum = load_score<Dot>(sums + r * kTileColumns + v);
+        store(at, fma(load(at), splat(strip.alpha[r]), sum));
       }
     }
   }

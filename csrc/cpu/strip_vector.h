@@ -5,29 +5,27 @@
 namespace pfa::cpu::PFA_ISA {
 
 // acc[r][v] += sum over g of a[r * lda + g] . b[g * kPanel + v * kLanes ...]
-template <class Dot, int kRows, int kVectors>
-PFA_INLINE void multiply(typename Dot::Acc (&acc)[kRows][kVectors], const uint32_t* a, int64_t lda,
+template <class Dot, int kCount>
+PFA_INLINE void multiply(typename Dot::Acc (&acc)[kRows][kCount], const uint32_t* a, int64_t lda,
                          const uint32_t* b, int64_t groups) {
   for (int64_t g = 0; g < groups; ++g) {
-    VI bv[kVectors];
+    VI bv[kCount];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) bv[v] = iload(b + g * kPanel + v * kLanes);
+    for (int v = 0; v < kCount; ++v) bv[v] = iload(b + g * kPanel + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const VI av = isplat(static_cast<int32_t>(a[r * lda + g]));
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = Dot::mac(acc[r][v], av, bv[v]);
+      for (int v = 0; v < kCount; ++v) acc[r][v] = Dot::mac(acc[r][v], av, bv[v]);
     }
   }
 }
 
 // s[r][i * 64 + ...] = q rows . keys of visible panel i
 template <class Dot>
-PFA_NOINLINE void score_strip(const TileLayout<Dot>& layout, const uint32_t* tile,
-                            const StripView& view, const uint32_t* q, int64_t ldq,
-                            uint32_t* s) {
-  for (int i = 0; i < view.panels; ++i) {
-    const uint32_t* keys = tile + layout.keys(view.panel[i]);
+PFA_NOINLINE void score_strip(const Strip<Dot>& strip) {
+  for (int i = 0; i < strip.view.panels; ++i) {
+    const uint32_t* keys = strip.words() + strip.layout.keys(strip.view.panel[i]);
     const uint32_t* words = keys + (Dot::kUnsignedA ? kPanel : 0);
     for (int v = 0; v < kPanel; v += kVectors * kLanes) {
       typename Dot::Acc acc[kRows][kVectors];
@@ -42,24 +40,23 @@ PFA_NOINLINE void score_strip(const TileLayout<Dot>& layout, const uint32_t* til
           }
         }
       }
-      multiply<Dot>(acc, q, ldq, words + v, layout.groups_k);
+      multiply<Dot>(acc, strip.q(), strip.scratch.ldq, words + v, strip.layout.groups_k);
+      uint32_t* s = strip.scratch.s + i * kPanel + v;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
         for (int u = 0; u < kVectors; ++u) {
-          istore(s + r * kMaxBlockN + i * kPanel + v + u * kLanes, as_int(acc[r][u]));
+          istore(s + r * kMaxBlockN + u * kLanes, as_int(acc[r][u]));
         }
       }
     }
   }
 }
 
-// o[r][channels of kCount vectors] = alpha[r] * o + p . values
+// o[r][kCount vectors from channel d] = factor[r] * o + p . values of visible panels [begin, end)
 template <class Dot, int kCount>
-PFA_NOINLINE void accumulate_channels(const TileLayout<Dot>& layout, const uint32_t* tile,
-                                    const StripView& view, const uint32_t* p, int64_t ldp,
-                                    const float* alpha, const float* p_step, int d_panel, int v,
-                                    float* o, int64_t ldo) {
+PFA_NOINLINE void accumulate_panels(const Strip<Dot>& strip, int64_t d, int begin, int end,
+                                    const float* factor) {
   typename Dot::Acc acc[kRows][kCount];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -67,47 +64,68 @@ PFA_NOINLINE void accumulate_channels(const TileLayout<Dot>& layout, const uint3
     for (int u = 0; u < kCount; ++u) acc[r][u] = Dot::zero();
   }
   constexpr int kGroups = kPanel / Dot::kPack;
-  const uint32_t skip = TileLayout<Dot>::header(reinterpret_cast<const std::byte*>(tile))->nonfinite_values;
-  for (int i = 0; i < view.panels; ++i) {
-    if (skip >> view.panel[i] & 1u) continue;
-    multiply<Dot>(acc, p + i * kGroups, ldp, tile + layout.values(view.panel[i], d_panel) + v,
-                  kGroups);
+  const int d_panel = static_cast<int>(d / kPanel);
+  for (int i = begin; i < end; ++i) {
+    const int panel = strip.view.panel[i];
+    if (strip.has_nonfinite(panel)) continue;
+    multiply<Dot>(acc, strip.scratch.p + i * kGroups, strip.scratch.ldp,
+                  strip.words() + strip.layout.values(panel, d_panel) + d % kPanel, kGroups);
   }
-  const float* steps = reinterpret_cast<const float*>(tile + layout.steps()) + d_panel * kPanel + v;
+  const auto* units =
+      reinterpret_cast<const float*>(strip.words() + strip.layout.channel_units()) + d;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int u = 0; u < kCount; ++u) {
-      float* at = o + r * ldo + d_panel * kPanel + v + u * kLanes;
-      VF sum;
-      if constexpr (Dot::kInt) {
-        sum = to_float(acc[r][u]);
-      } else {
-        sum = acc[r][u];
+      float* at = strip.o() + r * strip.scratch.ldo + d + u * kLanes;
+      VF sum = to_float(acc[r][u]);
+      if constexpr (Dot::kScaled) {
+        sum = mul(mul(sum, splat(strip.unit[r])), load(units + u * kLanes));
       }
-      if constexpr (Dot::kScaled) sum = mul(mul(sum, splat(p_step[r])), load(steps + u * kLanes));
-      store(at, fma(load(at), splat(alpha[r]), sum));
+      store(at, fma(load(at), splat(factor[r]), sum));
     }
   }
 }
 
-template <class Dot>
-PFA_INLINE void accumulate_strip(const TileLayout<Dot>& layout, const uint32_t* tile,
-                                 const StripView& view, const uint32_t* p, int64_t ldp,
-                                 const float* alpha, const float* p_step, int64_t head_dim,
-                                 float* o, int64_t ldo) {
-  for (int64_t d = 0; d < head_dim; d += kVectors * kLanes) {
-    const int d_panel = static_cast<int>(d / kPanel), v = static_cast<int>(d % kPanel);
-    const auto run = [&](auto count) PFA_INLINE_LAMBDA {
-      accumulate_channels<Dot, decltype(count)::value>(layout, tile, view, p, ldp, alpha, p_step,
-                                                       d_panel, v, o, ldo);
-    };
-    switch (std::min<int64_t>(ceil_div(head_dim - d, kLanes), kVectors)) {
-      case 1: run(std::integral_constant<int, 1>{}); break;
-      case 2: run(std::integral_constant<int, std::min(2, kVectors)>{}); break;
-      case 3: run(std::integral_constant<int, std::min(3, kVectors)>{}); break;
-      default: run(std::integral_constant<int, kVectors>{});
+// The same for all visible panels; in fixed point one at a time, their sums would not fit.
+template <class Dot, int kCount>
+PFA_INLINE void accumulate_channels(const Strip<Dot>& strip, int64_t d) {
+  const int panels = strip.view.panels;
+  if constexpr (Dot::kScaled) {
+    static constexpr auto kOnes = [] {
+      std::array<float, kRows> ones{};
+      for (float& x : ones) x = 1.0f;
+      return ones;
+    }();
+    for (int i = 0; i < panels; ++i) {
+      accumulate_panels<Dot, kCount>(strip, d, i, i + 1, i == 0 ? strip.alpha : kOnes.data());
     }
+  } else {
+    accumulate_panels<Dot, kCount>(strip, d, 0, panels, strip.alpha);
+  }
+}
+
+template <class Dot>
+PFA_INLINE void accumulate_strip(const Strip<Dot>& strip) {
+  constexpr int kStep = kVectors * kLanes;
+  int64_t d = 0;
+  for (; d + kStep <= strip.layout.head_dim; d += kStep) {
+    accumulate_channels<Dot, kVectors>(strip, d);
+  }
+  switch (ceil_div(strip.layout.head_dim - d, kLanes)) {  // vectors left
+    case 0:
+      break;
+    case 1:
+      accumulate_channels<Dot, 1>(strip, d);
+      break;
+    case 2:
+      accumulate_channels<Dot, std::min(2, kVectors)>(strip, d);
+      break;
+    case 3:
+      accumulate_channels<Dot, std::min(3, kVectors)>(strip, d);
+      break;
+    default:
+      accumulate_channels<Dot, kVectors>(strip, d);
   }
 }
 
