@@ -67,12 +67,12 @@ struct Quant {
 };
 
 struct Problem {
-  int64_t batch = 0;        // >= 1
-  int64_t num_heads = 0;    // >= 1
-  int64_t num_heads_k = 0;  // divides num_heads
-  int64_t seqlen_q = 0;     // >= 1
-  int64_t seqlen_k = 0;     // >= 0
-  int64_t head_dim = 0;     // 1..512
+  int64_t batch = 0;                  // >= 1
+  int64_t num_heads = 0;              // >= 1
+  int64_t num_heads_k = 0;            // divides num_heads
+  int64_t seqlen_q = 0;               // >= 1
+  int64_t seqlen_k = 0;               // >= 0
+  int64_t head_dim = 0;               // 1..512
   DType dtype = DType::kFloat16;      // of q, k and v
   DType dtype_out = DType::kFloat16;  // of out
   float softmax_scale = 1.0f;

@@ -63,7 +63,8 @@ void put(DType dtype, void* p, int64_t i, double x) {
       static_cast<uint16_t*>(p)[i] = float_to_bf16(static_cast<float>(x));
       break;
     default:
-      static_cast<int8_t*>(p)[i] = static_cast<int8_t>(std::lrint(std::fmin(127, std::fmax(-128, 40 * x))));
+      static_cast<int8_t*>(p)[i] =
+          static_cast<int8_t>(std::lrint(std::fmin(127, std::fmax(-128, 40 * x))));
   }
 }
 
@@ -101,7 +102,8 @@ class Run {
     std::normal_distribution<double> normal;
     const int64_t nq = c_.batch * c_.num_heads * c_.seqlen_q * c_.head_dim;
     const int64_t nk = c_.batch * c_.num_heads_k * c_.seqlen_k * c_.head_dim;
-    for (int64_t i = 0; i < nq; ++i) put(c_.dtype, q_.data.get(), i, c_.magnitude * normal(random_));
+    for (int64_t i = 0; i < nq; ++i)
+      put(c_.dtype, q_.data.get(), i, c_.magnitude * normal(random_));
     for (int64_t i = 0; i < nk; ++i) {
       put(c_.dtype, k_.data.get(), i, c_.magnitude * normal(random_));
       put(c_.dtype, v_.data.get(), i, normal(random_));
@@ -110,7 +112,8 @@ class Run {
       for (int64_t i = 0; i < c_.batch * c_.seqlen_q * c_.seqlen_k; ++i) {
         mask_.data[i] = static_cast<uint8_t>(i / 97 % 3 == 0 ? 1 : random_() % 2);
       }
-      for (int64_t j = 0; j < c_.seqlen_k; ++j) mask_.data[3 * c_.seqlen_k + j] = 1;  // an empty row
+      for (int64_t j = 0; j < c_.seqlen_k; ++j)
+        mask_.data[3 * c_.seqlen_k + j] = 1;  // an empty row
     }
     if (c_.bias) {
       const DType dtype = bias_dtype();
@@ -196,7 +199,8 @@ class Run {
         s += get(c_.dtype, q_.data.get(), q_row + x) * get(c_.dtype, k_.data.get(), kv + j * d + x);
       }
       s *= problem_.softmax_scale * (int8 ? descale_s_ : 1.0f);
-      if (c_.bias) s += get(bias_dtype(), bias_.data.get(), (h * c_.seqlen_q + i) * c_.seqlen_k + j);
+      if (c_.bias)
+        s += get(bias_dtype(), bias_.data.get(), (h * c_.seqlen_q + i) * c_.seqlen_k + j);
       p[static_cast<size_t>(j)] = s;
       largest = std::fmax(largest, s);
     }
@@ -224,7 +228,8 @@ class Run {
         const double scale = scale_out_.data[h * d + x];
         allowed = allowed * scale + 1.0;
         if (sum != 0.0) {
-          expected = std::fmin(127, std::fmax(-128, std::nearbyint(expected * scale + offset_out_.data[h * d + x])));
+          expected = std::fmin(
+              127, std::fmax(-128, std::nearbyint(expected * scale + offset_out_.data[h * d + x])));
         }
       }
       const double actual = get(c_.dtype_out, out_.data.get(), q_row + x);
@@ -310,7 +315,8 @@ int main() {
         continue;
       }
       ++failures;
-      std::printf("%-12s FAILED: %s, dtype %d: off by %g\n", name, c.name, static_cast<int>(c.dtype), error);
+      std::printf("%-12s FAILED: %s, dtype %d: off by %g\n", name, c.name,
+                  static_cast<int>(c.dtype), error);
     }
     std::printf("%-12s %d cases right\n", name, passed);
   }
