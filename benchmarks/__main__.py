@@ -63,10 +63,9 @@ def main() -> None:
         f"{environment['cpu']}, isa {environment['isa']}, {arguments.threads} threads, "
         f"torch {environment['torch']}"
     )
-    if environment["load"] > 0.3:
-        console.print(
-            f"[yellow]the machine is busy (load {environment['load']:.1f}): expect noise[/]"
-        )
+    if (environment["busy"] or 0) > 0.1:
+        share = f"{100 * environment['busy']:.0f}%"
+        console.print(f"[yellow]other processes take {share} of this machine: expect noise[/]")
     memory_cases = () if arguments.filter or arguments.quick else timing.MEMORY_CASES
     rows, memory = [], []
     with Progress(*COLUMNS, console=console) as progress:

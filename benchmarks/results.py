@@ -3,10 +3,10 @@
 
 import datetime
 import json
-import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,23 @@ def environment(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "sha": _git("rev-parse", "--short=10", "HEAD") or "unknown",
-        "load": os.getloadavg()[0],
+        "busy": _busy(),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def _busy() -> float | None:
+    """Share of the processors' time that others take while this process sleeps for a second."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    samples = []
+    for pause in (1.0, 0.0):
+        times = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:]]
+        samples.append((sum(times), times[3] + times[4]))  # all, idle and waiting for a disk
+        time.sleep(pause)
+    (total, idle), (total_after, idle_after) = samples
+    return 1 - (idle_after - idle) / max(total_after - total, 1)
 
 
 def _git(*arguments: str) -> str:
