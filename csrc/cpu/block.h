@@ -10,8 +10,9 @@ constexpr int kPaddedRows = (kRows + kLanes - 1) / kLanes * kLanes;
 
 // How scores become probabilities, for a whole call.
 struct SoftmaxParams {
-  float scale_log2 = 0.0f;  // softmax_scale * log2(e), int8: * descale_s
-  bool monotonic = false;   // scale_log2 >= 0: the largest score has the largest exponent
+  float scale = 0.0f;          // of raw scores to units of row_max; int8: with descale_s
+  float log2_per_unit = 1.0f;  // of row_max: 1, or log2(e) where there is a bias
+  bool monotonic = false;      // scale >= 0: the largest raw score has the largest exponent
   bool bias_is_bf16 = false;
   float p_scale = 1.0f;  // kQuantised: |quant_scale1|
   float p_limit = 0.0f;  // kQuantised: 127, or 128 where quant_scale1 < 0 (saturation at -128)
@@ -84,8 +85,9 @@ struct Block {
       softmax.p_scale = std::fabs(scale_p);
       softmax.p_limit = scale_p < 0.0f ? 128.0f : 127.0f;
     }
-    softmax.scale_log2 = scale * kLog2e;
-    softmax.monotonic = softmax.scale_log2 >= 0.0f;
+    softmax.scale = problem.bias.data ? scale : scale * kLog2e;
+    softmax.log2_per_unit = problem.bias.data ? kLog2e : 1.0f;
+    softmax.monotonic = scale >= 0.0f;
     softmax.bias_is_bf16 = problem.bias.dtype == DType::kBFloat16;
   }
 };

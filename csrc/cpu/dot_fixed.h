@@ -70,12 +70,14 @@ struct DotI16 {
   static float power_of_two(float x) {  // the largest not above x
     return bits_to_float(float_to_bits(x) & 0x7f800000u);
   }
+  // The norm of a row with an infinity or NaN is infinite: accurate() then refuses it.
   static float choose_query_scale(const SourceRows& rows, const void* row, float* step,
                                   float* norm) {
     const Extent extent = row_extent(rows, row);
-    const float scale = fitting_scale(extent);
+    const bool finite = extent.norm < INFINITY;
+    const float scale = finite ? fitting_scale(extent) : 1.0f;
     *step = 1.0f / scale;
-    *norm = extent.norm;
+    *norm = finite ? extent.norm : INFINITY;
     return scale;
   }
   static float choose_key_scale(const SourceRows& keys, int64_t begin, int64_t end,

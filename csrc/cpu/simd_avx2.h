@@ -71,6 +71,10 @@ PFA_INLINE VF exp2(VF x) {
   return mul(p, as_float(exponent));
 }
 
+PFA_INLINE VF add_bias(VF x, VF bias) {
+  const VF masked = _mm256_cmp_ps(bias, splat(-INFINITY), _CMP_EQ_OQ);
+  return _mm256_blendv_ps(add(x, bias), bias, masked);
+}
 PFA_INLINE VI lane_index() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 PFA_INLINE VF keep_range(VF x, int begin, int end) {
   const VI inside = _mm256_andnot_si256(_mm256_cmpgt_epi32(isplat(begin), lane_index()),

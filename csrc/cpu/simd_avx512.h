@@ -65,6 +65,12 @@ PFA_INLINE VF exp2(VF x) {
   return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
 }
 
+// x + bias; -inf where the bias is -inf, even if x is NaN: such a bias masks the pair.
+PFA_INLINE VF add_bias(VF x, VF bias) {
+  const __mmask16 masked = _mm512_cmp_ps_mask(bias, splat(-INFINITY), _CMP_EQ_OQ);
+  return _mm512_mask_mov_ps(add(x, bias), masked, bias);
+}
+
 // Lanes outside [begin, end) become -inf.
 PFA_INLINE VF keep_range(VF x, int begin, int end) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

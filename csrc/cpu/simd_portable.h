@@ -66,6 +66,7 @@ PFA_INLINE VF exp2(VF x) {
   return x < low ? splat(0.0f) : scaled;
 }
 
+PFA_INLINE VF add_bias(VF x, VF bias) { return bias == splat(-INFINITY) ? bias : x + bias; }
 PFA_INLINE VF keep_range(VF x, int begin, int end) {
   const VI lane = {0, 1, 2, 3};
   const VI inside = (lane >= isplat(begin)) & (lane < isplat(end));
