@@ -187,7 +187,7 @@ template <class Dot>
 void configure(Plan& plan) {
   plan.groups_k = TileLayout<Dot>(plan).groups_k;
   plan.tile_bytes = round_up(TileLayout<Dot>(plan).bytes(), 64);
-  plan.scratch_bytes = BlockScratch<Dot>::bytes(plan);
+  plan.scratch_bytes = BlockScratch<Dot>::bytes(plan);  // whole cache lines
   if constexpr (Dot::kScaled) plan.scratch_bytes += fixed_scratch_bytes<Dot>(plan);
 }
 

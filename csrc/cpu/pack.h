@@ -75,13 +75,15 @@ inline SourceRows source_rows(const InputView& view, const Problem& problem, int
           size * view.row, problem.dtype, problem.head_dim};
 }
 
-inline bool row_is_finite(const SourceRows& rows, int64_t j) {
+inline bool all_finite(const SourceRows& rows, int64_t begin, int64_t end) {
   if (rows.dtype == DType::kInt8) return true;
-  const uint16_t exponent = rows.dtype == DType::kFloat16 ? 0x7c00 : 0x7f80;
-  const auto* x = static_cast<const uint16_t*>(rows.row(j));
-  bool finite = true;
-  for (int64_t i = 0; i < rows.d; ++i) finite &= (x[i] & exponent) != exponent;
-  return finite;
+  VF zero = splat(0.0f);  // 0 * infinity and 0 * NaN are NaN, and stay
+  for (int64_t j = begin; j < end; ++j) {
+    for (int64_t i = 0; i < rows.d; i += kLanes) {
+      zero = fma(load_as_float(rows.dtype, rows.row(j), i, lanes_at(i, rows.d)), splat(0.0f), zero);
+    }
+  }
+  return reduce_add(zero) == 0.0f;
 }
 
 // Words [groups_k][64 keys] from keys [begin, end) of one panel.
@@ -204,9 +206,7 @@ void pack_tile(const Plan& plan, int64_t b, int64_t head_k, int64_t begin, std::
   if constexpr (Dot::kScaled) choose_scales<Dot>(layout, keys, values, begin, end, scales, tile);
   for (int panel = 0; begin + panel * kPanel < end; ++panel) {
     const int64_t first = begin + panel * kPanel, last = std::min(end, first + kPanel);
-    for (int64_t j = first; j < last; ++j) {
-      if (!row_is_finite(values, j)) header.nonfinite_values |= 1u << panel;
-    }
+    if (!all_finite(values, first, last)) header.nonfinite_values |= 1u << panel;
     if (header.inexact) continue;
     pack_panel<Dot>(layout, keys, values, first, last, panel, &scales,
                     reinterpret_cast<uint32_t*>(tile));
