@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import pfa
 from rich import box
 from rich.table import Table
 
@@ -25,11 +27,10 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf
 
 def environment(threads: int) -> dict[str, Any]:
     model, flags = _processor()
-    isa = getattr(torch.ops.pfa, "_cpu_isa", None)
     return {
         "cpu": model,
         "flags": [flag for flag in FLAGS if flag in flags],
-        "isa": isa() if isa is not None else None,
+        "isa": pfa.cpu_isa(),
         "threads": threads,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -25,3 +25,14 @@ def require() -> None:
     """Raise ImportError with the reason if the library could not be loaded."""
     if load_error is not None:
         raise ImportError(f"pfa could not load its operator: {load_error}")
+
+
+def cpu_isa() -> str:
+    """Return the instruction set that CPU calls use: best first, amx, avx512, avx512_vnni, avx2
+    or portable.
+
+    It is the best that the processor has, or what the environment variable PFA_CPU_ISA names;
+    RuntimeError if it names something else than one of these, or one that the processor lacks.
+    """
+    require()
+    return bytes(torch.ops.pfa._cpu_isa().tolist()).decode()

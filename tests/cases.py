@@ -170,6 +170,7 @@ _QUANT = [
     _int8(90, 140, 64, Quant(p_scale=1e-30)),
     _int8(90, 140, 64, Quant(p_scale=0.75)),
     _int8(90, 140, 64, Quant(p_scale=200.0)),
+    _int8(90, 300, 64, Quant(p_scale=-127.0)),
     _int8(40, 1000, 64, Quant(p_scale=20.0), heads=1),
     _int8(90, 140, 64, Quant(out="tensor", offset=True), layout="BSH"),
     _int8(90, 140, 40, Quant(out="channel", shape="1N1D", offset=True), heads=6, kv_heads=2),
