@@ -94,6 +94,10 @@ void pack_key_panel(const TileLayout<Dot>& layout, const SourceRows& keys, int64
   alignas(64) uint32_t stage[16 * kWordsPadded];
   alignas(64) uint32_t last[16 * 16];
   for (int column = 0; column < kPanel; column += 16) {
+    if (begin + column >= end) {
+      for (int64_t g = 0; g < layout.groups_k; ++g) std::memset(out + g * kPanel + column, 0, 64);
+      continue;
+    }
     for (int i = 0; i < 16; ++i) {
       uint32_t* row = stage + i * kWordsPadded;
       const int64_t j = begin + column + i;
@@ -125,7 +129,14 @@ void pack_value_panel(const TileLayout<Dot>& layout, const SourceRows& values, i
   using Element = typename Dot::Element;
   constexpr int kGroups = kPanel / Dot::kPack;
   alignas(64) Element stage[Dot::kPack * 512];
+  constexpr int64_t kChannelPanel = Dot::kPlanes * kGroups * kPanel;  // words
   for (int group = 0; group < kGroups; ++group) {
+    if (begin + group * Dot::kPack >= end) {
+      for (int64_t d = 0; d < layout.padded_d; d += kPanel) {
+        std::memset(out + d / kPanel * kChannelPanel + group * kPanel, 0, kPanel * 4);
+      }
+      continue;
+    }
     for (int i = 0; i < Dot::kPack; ++i) {
       const int64_t j = begin + group * Dot::kPack + i;
       Element* row = stage + i * layout.padded_d;
@@ -137,7 +148,7 @@ void pack_value_panel(const TileLayout<Dot>& layout, const SourceRows& values, i
       }
     }
     for (int64_t d = 0; d < layout.padded_d; d += kLanes) {
-      istore(out + (d / kPanel) * (Dot::kPlanes * kGroups * kPanel) + group * kPanel + d % kPanel,
+      istore(out + d / kPanel * kChannelPanel + group * kPanel + d % kPanel,
              Dot::interleave(stage + d, layout.padded_d));
     }
   }
