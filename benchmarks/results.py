@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import pfa
 from rich import box
 from rich.table import Table
+
+import pfa
 
 from . import suites
 from .suites import Case
