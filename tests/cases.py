@@ -150,6 +150,14 @@ _SCALES = [
     _bf16(70, 90, 64, scale=0.0),
     _fp16(70, 90, 64, scale=-0.125),
     _bf16(70, 190, 64, scale=-0.2, mode=3),
+    # Whole vectors of keys and nothing masked: no kernel has a reason to look at single scores.
+    _bf16(70, 192, 64, scale=-0.3, values="large_logits"),
+    _fp16(70, 192, 64, scale=-0.3, values="large_logits"),
+    _int8(70, 256, 64, Quant(sign_s=-1), layout="BSND"),
+    _bf16(192, 512, 128, heads=1),
+    _fp16(192, 512, 64, heads=1),
+    _int8(192, 512, 64, heads=1),
+    _int8(96, 512, 64, heads=1, scale=-0.125),
 ]
 
 _QUANT = [
