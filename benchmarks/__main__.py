@@ -4,6 +4,7 @@
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,11 @@ def measure_case(case: Case, vllm: peers.Vllm | None) -> dict[str, Any]:
     group = peers.make_peers(case, vllm)
     difference = max(peers.check(case, group[0], peer) for peer in group[1:])
     calls = {peer.name: peer.run for peer in group}
+    before, start = timing.preemptions(), time.perf_counter()
     times = timing.interleave(calls, SECONDS_PER_CASE, ROUNDS)
-    return results.make_row(case, times, {peer.name: peer.note for peer in group}, difference)
+    rate = (timing.preemptions() - before) / (time.perf_counter() - start)
+    row = results.make_row(case, times, {peer.name: peer.note for peer in group}, difference)
+    return row | {"preemptions": round(rate, 1)}
 
 
 def main() -> None:
@@ -85,6 +89,8 @@ def main() -> None:
             progress.advance(task, 4.0)
     for table in results.rate_tables(rows, limits):
         console.print(table)
+    if disturbed := sum(map(results.is_disturbed, rows)):
+        console.print(f"[yellow]~: other processes disturbed {disturbed} of {len(rows)} cases[/]")
     if memory:
         console.print(results.memory_table(memory, timing.MEMORY_LIMIT))
     result = {

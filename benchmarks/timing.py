@@ -4,6 +4,7 @@
 ``python -m benchmarks.timing DTYPE PATTERN THREADS`` prints the extra memory of that call in bytes.
 """
 
+import resource
 import statistics
 import subprocess
 import sys
@@ -44,6 +45,11 @@ def interleave(
             call()
             times[name].append(time.perf_counter() - start)
     return {name: summarise(values) for name, values in times.items()}
+
+
+def preemptions() -> int:
+    """How often this process was pushed off a processor so far: the trace of a busy machine."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def summarise(values: list[float]) -> dict[str, float]:
