@@ -90,9 +90,25 @@ void attend_tile(const Block& block, const BlockScratch<Dot>& scratch, const std
   }
 }
 
-// out row <- o * factor in the output's type, int8 through scale and offset.
-inline void store_row(const Problem& problem, int64_t head, const float* o, float factor,
-                      void* out) {
+// quant_scale2 and quant_offset2 of one head's channels.
+struct OutputScales {
+  alignas(64) float scale[512];
+  alignas(64) float offset[512];
+
+  OutputScales(const Problem& problem, int64_t head) {
+    const Quant& quant = problem.quant;
+    for (int64_t i = 0; i < round_up(problem.head_dim, kLanes); ++i) {
+      const bool given = i < problem.head_dim && quant.scale_out.data;
+      const int64_t channel = head * problem.head_dim + i;
+      scale[i] = given ? read_scale(quant.scale_out, channel) : 0.0f;
+      offset[i] = given && quant.offset_out.data ? read_scale(quant.offset_out, channel) : 0.0f;
+    }
+  }
+};
+
+// out row <- o * factor in the output's type, int8 through the scales.
+inline void store_row(const Problem& problem, const OutputScales& scales, const float* o,
+                      float factor, void* out) {
   const int64_t d = problem.head_dim;
   for (int64_t i = 0; i < d; i += kLanes) {
     const int count = lanes_at(i, d);
@@ -105,15 +121,7 @@ inline void store_row(const Problem& problem, int64_t head, const float* o, floa
         store_bf16(static_cast<uint16_t*>(out) + i, x, count);
         break;
       case DType::kInt8: {
-        alignas(64) float scale[kLanes] = {}, offset[kLanes] = {};
-        for (int lane = 0; lane < count; ++lane) {
-          const int64_t channel = head * d + i + lane;
-          scale[lane] = read_scale(problem.quant.scale_out, channel);
-          if (problem.quant.offset_out.data) {
-            offset[lane] = read_scale(problem.quant.offset_out, channel);
-          }
-        }
-        const VF y = add(mul(x, load(scale)), load(offset));
+        const VF y = add(mul(x, load(scales.scale + i)), load(scales.offset + i));
         store_s8(static_cast<int8_t*>(out) + i, to_int(min(max(y, splat(-128.0f)), splat(127.0f))),
                  count);
       }
@@ -131,6 +139,7 @@ void store_block(const Block& block, const BlockScratch<Dot>& scratch) {
     unit = read_scale(problem.quant.descale_o, 0);
     if (read_scale(problem.quant.scale_p, 0) < 0.0f) unit = -unit;
   }
+  const OutputScales scales(problem, block.head);
   for (int64_t r = 0; r < rows; ++r) {
     auto* out = static_cast<std::byte*>(problem.out.data) +
                 size * (block.b * problem.out.batch + block.head * problem.out.head +
@@ -138,7 +147,7 @@ void store_block(const Block& block, const BlockScratch<Dot>& scratch) {
     if (r >= block.rows || scratch.row_sum[r] == 0.0f) {  // no key took part
       std::memset(out, 0, static_cast<size_t>(problem.head_dim * size));
     } else {
-      store_row(problem, block.head, scratch.o + r * scratch.ldo, unit / scratch.row_sum[r], out);
+      store_row(problem, scales, scratch.o + r * scratch.ldo, unit / scratch.row_sum[r], out);
     }
   }
 }
