@@ -25,7 +25,7 @@ test: $(BUILT)  ## build and run the tests (ARGS=... for pytest)
 bench-cpu: $(BUILT)  ## measure the CPU backend beside its peers (ARGS="--quick --filter bf16")
 	$(RUN) -m benchmarks --suite cpu $(ARGS)
 
-check: lint test  ## what CI runs
+check: test sanitize lint  ## what CI runs
 
 lint: $(INSTALLED)  ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check $(PY)
