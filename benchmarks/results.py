@@ -132,12 +132,12 @@ def rate_tables(rows: list[dict[str, Any]], limits: dict[str, float | None]) -> 
 
 
 def _rate_table(rows: list[dict[str, Any]], limits: dict[str, float | None]) -> Table:
-    """The rows of one dtype."""
+    """The rows of one dtype; limit is the share of torch's matrix product."""
     peers = list(dict.fromkeys(p for row in rows for p in row["times"] if p != "pfa"))
     title = f"{rows[0]['dtype']}: GFLOP/s (medians), and how much faster pfa is"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("case", no_wrap=True)
-    for heading in ("seen", "pfa", "of limit"):
+    for heading in ("seen", "pfa", "limit"):
         table.add_column(heading, justify="right", no_wrap=True)
     for peer in peers:
         target = suites.TARGETS.get((rows[0]["dtype"], peer))
