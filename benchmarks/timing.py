@@ -25,7 +25,7 @@ MEMORY_CASES = (
     ("bf16", "band"),
     ("fp16", "band"),
     ("int8", "band"),
-    ("int8-int8", "band"),
+    ("int8", "full"),
 )
 MEMORY_LIMIT = 64 << 20
 
