@@ -194,9 +194,8 @@ void pack(const Plan& plan, int64_t b, int64_t head_k, int64_t tile, std::byte* 
 
 template <class Dot>
 void configure(Plan& plan) {
-  plan.groups_k = TileLayout<Dot>(plan).groups_k;
   plan.tile_bytes = round_up(TileLayout<Dot>(plan).bytes(), 64);
-  plan.scratch_bytes = BlockScratch<Dot>::bytes(plan);  // whole cache lines
+  plan.scratch_bytes = BlockScratch<Dot>::bytes(plan);
   if constexpr (Dot::kScaled) plan.scratch_bytes += fixed_scratch_bytes<Dot>(plan);
 }
 

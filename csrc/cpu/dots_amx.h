@@ -4,11 +4,8 @@
 
 namespace pfa::cpu::PFA_ISA {
 
-// bf16 pairs.
-struct TileBf16 : DotBf16 {
-  using Session = TileSession;
-  static constexpr int kGroupAlign = kTileWords;
-
+// The products with bf16 operands: score of q and k, weigh of P and v.
+struct Bf16Products {
   template <int kC, int kA, int kB>
   static PFA_INLINE void score() {
     tile_dot_bf16<kC, kA, kB>();
@@ -17,6 +14,12 @@ struct TileBf16 : DotBf16 {
   static PFA_INLINE void weigh() {
     tile_dot_bf16<kC, kA, kB>();
   }
+};
+
+// bf16 pairs.
+struct TileBf16 : DotBf16, Bf16Products {
+  using Session = TileSession;
+  static constexpr int kGroupAlign = kTileWords;
 };
 
 // int8 fours; q and k signed, P unsigned.
@@ -37,21 +40,12 @@ struct TileI8 : DotI8 {
 
 // fp16 as the exact sum of two bf16, high + low; P likewise, to 16 bits. Three of the four products
 // count: low . low is below 2^-16 of the whole.
-struct TileSplit {
+struct TileSplit : Bf16Products {
   using Element = uint16_t;
   using Acc = VF;
   using Session = TileSession;
   static constexpr int kPack = 2, kPlanes = 2, kGroupAlign = kTileWords, kDegree = 4;
   static constexpr bool kInt = false, kScaled = false, kUnsignedA = false, kQuantised = false;
-
-  template <int kC, int kA, int kB>
-  static PFA_INLINE void score() {
-    tile_dot_bf16<kC, kA, kB>();
-  }
-  template <int kC, int kA, int kB>
-  static PFA_INLINE void weigh() {
-    tile_dot_bf16<kC, kA, kB>();
-  }
 
   // The 16 leading bits of a float: what bf16 can hold without rounding up.
   static PFA_INLINE VF high_part(VF x) {

@@ -143,7 +143,8 @@ class Forward {
     run_dynamic(executor_, prepare_tasks + attend_tasks, nanoseconds, work);
   }
 
-  // Of a wave's work in one thread, in nanoseconds; rough.
+  // Of a wave's work in one thread, in nanoseconds. The rates are guesses for AVX-512, not tuned: a
+  // factor of two moves only the size from which a second thread helps.
   [[nodiscard]] double estimate(const Wave& wave, bool read_mask) const {
     constexpr double kMaskPerNs = 8.0, kPackedPerNs = 4.0, kMultipliesPerNs = 50.0;
     const auto mask_bytes = static_cast<double>(read_mask ? visibility_->bytes() : 0);

@@ -29,7 +29,6 @@ struct Plan {
   const Problem* problem = nullptr;
   int block_n = kMaxBlockN;                // keys per tile
   int d_panels = 0;                        // ceil(head_dim / kPanel)
-  int64_t groups_k = 0;                    // 32-bit words of one packed q or k row
   int64_t tile_bytes = 0;                  // one packed tile of keys and values
   int64_t scratch_bytes = 0;               // working memory of one thread
   const Visibility* visibility = nullptr;  // (mask batch, strip, key panel); null: no mask
@@ -54,7 +53,7 @@ struct Plan {
 // One (instruction set, input dtype) implementation.
 struct Kernel {
   int strip_rows;                 // query rows that share one pass over a tile; divides kBlockM
-  void (*configure)(Plan& plan);  // fills groups_k, tile_bytes, scratch_bytes
+  void (*configure)(Plan& plan);  // fills tile_bytes and scratch_bytes
   // Packs keys [tile * block_n, ...) of one kv head into out (tile_bytes, 64-byte aligned).
   void (*pack)(const Plan& plan, int64_t b, int64_t head_k, int64_t tile, std::byte* out);
   // Computes output rows [m_block * kBlockM, ...) of one head. tiles starts with first_tile.
