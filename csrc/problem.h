@@ -56,6 +56,14 @@ struct Scale {
   int64_t stride = 0;
 };
 
+// Lengths that only the device knows: one integer per batch element, of any value. Whoever reads
+// them clamps them to [0, seqlen].
+struct DeviceLengths {
+  const void* data = nullptr;  // (batch), int64 or int32; null: not given
+  int64_t stride = 0;
+  bool is_int64 = false;
+};
+
 // S = Q K^T and P = softmax(S). The first three are given exactly when q, k, v are int8; scale_out
 // exactly when the output is int8; offset_out only with scale_out, null meaning 0.
 struct Quant {
@@ -83,8 +91,10 @@ struct Problem {
   Mask mask;
   Bias bias;
   Quant quant;
-  const int64_t* seqused_q = nullptr;  // (batch), each in [0, seqlen_q]; null: all rows
-  const int64_t* seqused_k = nullptr;  // (batch), each in [0, seqlen_k]; null: all keys
+  const int64_t* seqused_q = nullptr;  // (batch) on the host, each in [0, seqlen_q]; null: all rows
+  const int64_t* seqused_k = nullptr;  // (batch) on the host, each in [0, seqlen_k]; null: all keys
+  DeviceLengths device_seqused_q;      // CUDA backend only, instead of seqused_q
+  DeviceLengths device_seqused_k;
 
   [[nodiscard]] int64_t rows_used(int64_t b) const { return seqused_q ? seqused_q[b] : seqlen_q; }
   [[nodiscard]] int64_t keys_used(int64_t b) const { return seqused_k ? seqused_k[b] : seqlen_k; }
