@@ -51,9 +51,13 @@ struct Bias {
 // memory of the call's device. kPacked64 keeps the float's bits in the low half of a 64-bit word.
 enum class ScaleType : uint8_t { kFloat32, kBFloat16, kPacked64 };
 struct Scale {
-  const void* data = nullptr;  // null: not given
+  const void* data = nullptr;  // null: not given, or given by value
   ScaleType type = ScaleType::kFloat32;
   int64_t stride = 0;
+  bool given_by_value = false;  // CUDA backend only: one scale, in value instead of in data
+  float value = 0.0f;
+
+  [[nodiscard]] bool given() const { return data != nullptr || given_by_value; }
 };
 
 // Lengths that only the device knows: one integer per batch element, of any value. Whoever reads
@@ -65,7 +69,7 @@ struct DeviceLengths {
 };
 
 // S = Q K^T and P = softmax(S). The first three are given exactly when q, k, v are int8; scale_out
-// exactly when the output is int8; offset_out only with scale_out, null meaning 0.
+// exactly when the output is int8; offset_out only with scale_out, 0 where not given.
 struct Quant {
   Scale descale_s;   // deq_scale1: S of int8 inputs -> real
   Scale scale_p;     // quant_scale1: P -> int8

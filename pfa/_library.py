@@ -1,18 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the compiled operator; a failure is kept and raised at first use, so importing works."""
+"""Loads the compiled operator; a failure is kept and raised at first use, so importing works.
 
+The environment variable PFA_LIBRARY names another library to load than the packaged one, or is
+``none`` to load none: then ``pfa.jit.load()`` can.
+"""
+
+import os
 import pathlib
 
 import torch
 
-_PATH = pathlib.Path(__file__).with_name("_C.abi3.so")
+_NAMED = os.environ.get("PFA_LIBRARY", "")
+path = pathlib.Path(_NAMED) if _NAMED else pathlib.Path(__file__).with_name("_C.abi3.so")
 
 
 def _load() -> str | None:
-    if not _PATH.exists():
-        return f"{_PATH} does not exist; build it with: python setup.py build_ext --inplace"
+    if _NAMED == "none":
+        return "PFA_LIBRARY is none"
+    if not path.exists():
+        if _NAMED:
+            return f"{path}, which PFA_LIBRARY names, does not exist"
+        return (
+            f"{path} does not exist; build it with: python setup.py build_ext --inplace, or call "
+            "pfa.jit.load()"
+        )
     try:
-        torch.ops.load_library(str(_PATH))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         return str(error)
     return None
@@ -36,3 +49,23 @@ def cpu_isa() -> str:
     """
     require()
     return bytes(torch.ops.pfa._cpu_isa().tolist()).decode()
+
+
+class CudaChoice(NamedTuple):
+    """What the CUDA backend takes for a call; the kernel is "none" where nothing is computed."""
+
+    kernel: str
+    block_m: int  # query rows of a block
+    block_n: int  # keys of a tile
+    num_splits: int  # pieces that the keys of a block are cut into
+
+
+def cuda_choice(*args: Any, **options: Any) -> CudaChoice:
+    """Return what torch.ops.pfa.forward would run with these arguments; for tests and reports."""
+    require()
+    overloads = torch.ops.pfa._cuda_choice
+    lengths = (options.get(name) for name in ("actual_seq_lengths", "actual_seq_lengths_kv"))
+    tensors = any(isinstance(x, torch.Tensor) for x in lengths)
+    text = (overloads.tensor_lens if tensors else overloads.default)(*args, **options)
+    kernel, *numbers = bytes(text.tolist()).decode().split(";")
+    return CudaChoice(kernel, *map(int, numbers))

@@ -85,7 +85,8 @@ def prompt_flash_attention(
         int8 query only: int8 steps per unit of probability, usually 127.
     quant_scale2, quant_offset2 : Tensor of float32, one element or N * D in (n, d) order, optional
         Make the output int8: ``round(output * quant_scale2 + quant_offset2)``, saturated. Also
-        bfloat16 for a bfloat16 query. The offset has the scale's dtype and size.
+        bfloat16 for a bfloat16 query. The offset has the scale's dtype and size. Any scale or
+        offset of one element may be on the CPU, wherever query is.
     num_heads : int
         N.
     scale_value : float

@@ -20,6 +20,8 @@ struct Lengths {
   std::optional<Tensor> tensor;
 };
 
+enum class Backend : uint8_t { kCpu, kCuda };
+
 struct Arguments {
   Tensor query, key, value;
   std::optional<Tensor> pse_shift;

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "operator.h"
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
-#include <new>
+#include <optional>
 #include <stdexcept>
+#include <string>
 
-#include "../cpu/forward.h"
+#include "backend.h"
 #include "check.h"
 #include "validate.h"
 
@@ -49,28 +51,28 @@ void check_inference(const Arguments& args) {
   check("quant_offset2", args.quant_offset2);
 }
 
-void run_on_torch_pool(int64_t tasks, cpu::Executor::Body body, void* context) {
-  constexpr int64_t kGrain = 1;
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, tasks, kGrain, body, context));
-}
-
-void forward_cpu(const Problem& problem) {
-  const cpu::Executor executor{run_on_torch_pool,
-                               static_cast<int>(torch::stable::get_num_threads())};
-  try {
-    cpu::forward(problem, executor);
-  } catch (const std::bad_alloc&) {
-    throw std::runtime_error("pfa.forward ran out of memory for its workspace");
-  }
+// Output, workspace and launch all belong to query's device.
+std::optional<torch::stable::accelerator::DeviceGuard> device_guard(const Tensor& query) {
+  if (query.is_cpu()) return std::nullopt;
+  return std::make_optional<torch::stable::accelerator::DeviceGuard>(query.get_device_index());
 }
 
 }  // namespace
 
 Tensor forward(const Arguments& args) {
   check_inference(args);
-  const Call call = make_call(args);
-  if (!call.nothing_to_compute) forward_cpu(call.problem);  // the branch on the device goes here
+  const Backend backend = choose_backend(args);
+  const auto guard = device_guard(args.query);
+  const Call call = make_call(args, backend);
+  if (!call.nothing_to_compute) run(args, call);
   return call.out;
+}
+
+std::string choice(const Arguments& args) {
+  const Backend backend = choose_backend(args);
+  const auto guard = device_guard(args.query);
+  const Call call = make_call(args, backend);
+  return call.nothing_to_compute ? "none;0;0;0" : cuda_choice(args, call);
 }
 
 }  // namespace pfa

@@ -2,6 +2,8 @@
 // The whole host path of one call, the same for every device.
 #pragma once
 
+#include <string>
+
 #include "arguments.h"
 
 namespace pfa {
@@ -9,5 +11,8 @@ namespace pfa {
 // Returns a fresh contiguous tensor. Throws std::runtime_error with one sentence; nothing has been
 // computed then.
 Tensor forward(const Arguments& args);
+
+// What the CUDA backend would run: "kernel;block_m;block_n;num_splits", for tests and reports.
+std::string choice(const Arguments& args);
 
 }  // namespace pfa

@@ -66,13 +66,22 @@ void boxed_forward(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_ou
   stack[0] = from(forward(args));
 }
 
-// The name as the bytes of a tensor: a returned str leaks 48 bytes a call (torch 2.13).
-void boxed_cpu_isa(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
-  const std::string name = cpu::isa();
-  const std::vector<int64_t> size{static_cast<int64_t>(name.size())};
+// Text as the bytes of a tensor: a returned str leaks 48 bytes a call (torch 2.13).
+Tensor bytes_of(const std::string& text) {
+  const std::vector<int64_t> size{static_cast<int64_t>(text.size())};
   const Tensor bytes = torch::stable::empty(size, torch::headeronly::ScalarType::Byte);
-  std::memcpy(bytes.mutable_data_ptr(), name.data(), name.size());
-  stack[0] = from(bytes);
+  std::memcpy(bytes.mutable_data_ptr(), text.data(), text.size());
+  return bytes;
+}
+
+void boxed_cpu_isa(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
+  stack[0] = from(bytes_of(cpu::isa()));
+}
+
+template <Lengths (*kTakeLengths)(StableIValue)>
+void boxed_cuda_choice(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
+  const Arguments args = take_arguments<kTakeLengths>(stack);
+  stack[0] = from(bytes_of(choice(args)));
 }
 
 }  // namespace
@@ -81,6 +90,8 @@ STABLE_TORCH_LIBRARY(pfa, m) {
   m.def(PFA_SCHEMA("forward", "SymInt[]?"));
   m.def(PFA_SCHEMA("forward.tensor_lens", "Tensor?"));
   m.def("_cpu_isa() -> Tensor");
+  m.def(PFA_SCHEMA("_cuda_choice", "SymInt[]?"));
+  m.def(PFA_SCHEMA("_cuda_choice.tensor_lens", "Tensor?"));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pfa, CPU, m) {
@@ -88,6 +99,16 @@ STABLE_TORCH_LIBRARY_IMPL(pfa, CPU, m) {
   m.impl("forward.tensor_lens", &boxed_forward<take_lengths_tensor>);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pfa, CompositeExplicitAutograd, m) { m.impl("_cpu_isa", &boxed_cpu_isa); }
+// Without CUDA kernels it says so, where torch would list its dispatch keys.
+STABLE_TORCH_LIBRARY_IMPL(pfa, CUDA, m) {
+  m.impl("forward", &boxed_forward<take_list>);
+  m.impl("forward.tensor_lens", &boxed_forward<take_lengths_tensor>);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pfa, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_isa", &boxed_cpu_isa);
+  m.impl("_cuda_choice", &boxed_cuda_choice<take_list>);
+  m.impl("_cuda_choice.tensor_lens", &boxed_cuda_choice<take_lengths_tensor>);
+}
 
 }  // namespace pfa

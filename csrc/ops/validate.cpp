@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "../cpu/half.h"
 #include "check.h"
 #include "validate_steps.h"
 
@@ -47,7 +48,14 @@ const Tensor& readable(const Tensor& tensor, Call& call) {
   return call.copies.emplace_back(torch::stable::contiguous(tensor));
 }
 
-Scale scale_of(const std::optional<Tensor>& tensor, Call& call) {
+// Beside inputs in host memory, which kernels can read where such a call gets here, scalars of rank
+// 0 stand for those that came to a GPU from the host, so that both ways can be tested without one.
+bool passed_by_value(const Tensor& scale, const Arguments& args, Backend backend) {
+  if (backend == Backend::kCpu || !scale.is_cpu() || scale.numel() != 1) return false;
+  return !args.query.is_cpu() || scale.dim() == 0;
+}
+
+Scale scale_of(const std::optional<Tensor>& tensor, const Arguments& args, Call& call) {
   if (!tensor) return {};
   const bool per_channel = tensor->numel() != 1;
   const bool copy = per_channel && !tensor->is_contiguous();
@@ -56,7 +64,14 @@ Scale scale_of(const std::optional<Tensor>& tensor, Call& call) {
   ScaleType type = ScaleType::kPacked64;
   if (dense.scalar_type() == ScalarType::Float) type = ScaleType::kFloat32;
   if (dense.scalar_type() == ScalarType::BFloat16) type = ScaleType::kBFloat16;
-  return {dense.const_data_ptr(), type, per_channel ? 1 : 0};
+  Scale scale{dense.const_data_ptr(), type, per_channel ? 1 : 0};
+  if (passed_by_value(dense, args, call.backend)) {
+    const float value = cpu::read_scale(scale, 0);
+    scale = {};
+    scale.given_by_value = true;
+    scale.value = value;
+  }
+  return scale;
 }
 
 void set_mask_data(const Tensor& mask, Call& call) {
@@ -93,11 +108,11 @@ void set_data(const Arguments& args, Layout layout, Call& call) {
   p.out = output_view(call.out, p, rows_are_before_heads(layout) || layout == Layout::kBnsdBsnd);
   if (reads_mask(args)) set_mask_data(*args.atten_mask, call);
   if (args.pse_shift) set_bias_data(*args.pse_shift, call);
-  p.quant.descale_s = scale_of(args.deq_scale1, call);
-  p.quant.scale_p = scale_of(args.quant_scale1, call);
-  p.quant.descale_o = scale_of(args.deq_scale2, call);
-  p.quant.scale_out = scale_of(args.quant_scale2, call);
-  p.quant.offset_out = scale_of(given_offset(args), call);
+  p.quant.descale_s = scale_of(args.deq_scale1, args, call);
+  p.quant.scale_p = scale_of(args.quant_scale1, args, call);
+  p.quant.descale_o = scale_of(args.deq_scale2, args, call);
+  p.quant.scale_out = scale_of(args.quant_scale2, args, call);
+  p.quant.offset_out = scale_of(given_offset(args), args, call);
 }
 
 void set_problem(const Arguments& args, Layout layout, Call& call) {
@@ -120,8 +135,9 @@ void set_problem(const Arguments& args, Layout layout, Call& call) {
 
 }  // namespace
 
-Call make_call(const Arguments& args) {
+Call make_call(const Arguments& args, Backend backend) {
   Call call{};
+  call.backend = backend;
   check_devices(args);
   check_dtypes(args);
   check_mask_dtypes(args);

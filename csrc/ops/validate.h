@@ -12,6 +12,7 @@ namespace pfa {
 
 // What a backend has to compute and everything its pointers point into.
 struct Call {
+  Backend backend;
   Problem problem;
   Tensor out;               // fresh and contiguous
   bool nothing_to_compute;  // out is final as it stands
@@ -19,7 +20,7 @@ struct Call {
   std::vector<int64_t> seqused_q, seqused_k;
 };
 
-// Throws std::runtime_error before anything is computed or copied.
-[[nodiscard]] Call make_call(const Arguments& args);
+// Throws std::runtime_error before anything is computed or copied. Reads no memory of a GPU.
+[[nodiscard]] Call make_call(const Arguments& args, Backend backend);
 
 }  // namespace pfa

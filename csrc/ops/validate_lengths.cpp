@@ -27,34 +27,49 @@ void read_list(const char* name, const std::vector<int64_t>& list, int64_t seqle
   }
 }
 
-// Clamped rather than judged: on a GPU the values are not known here.
-void read_tensor(const char* name, const Tensor& tensor, int64_t seqlen,
-                 std::vector<int64_t>& used) {
+DeviceLengths view_tensor(const char* name, const Tensor& tensor, int64_t batch) {
   PFA_CHECK(tensor.dim() == 1, name, " must have one dimension, got shape ", shape_text(tensor));
-  check_count(name, tensor.size(0), static_cast<int64_t>(used.size()));
+  check_count(name, tensor.size(0), batch);
   const int64_t stride = tensor.size(0) == 1 ? 0 : tensor.stride(0);
-  const void* data = tensor.const_data_ptr();
-  const bool is_long = tensor.scalar_type() == ScalarType::Long;
+  return {tensor.const_data_ptr(), stride, tensor.scalar_type() == ScalarType::Long};
+}
+
+// Clamped rather than judged, as on a GPU, where nobody sees the values in time.
+void read_tensor(const DeviceLengths& lengths, int64_t seqlen, std::vector<int64_t>& used) {
   for (size_t b = 0; b < used.size(); ++b) {
-    const int64_t at = static_cast<int64_t>(b) * stride;
-    const int64_t value =
-        is_long ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
+    const int64_t at = static_cast<int64_t>(b) * lengths.stride;
+    const int64_t value = lengths.is_int64 ? static_cast<const int64_t*>(lengths.data)[at]
+                                           : static_cast<const int32_t*>(lengths.data)[at];
     used[b] = std::clamp<int64_t>(value, 0, seqlen);
   }
 }
 
-// Returns null when every element is used in full.
-const int64_t* read_lengths(const char* name, const Lengths& lengths, int64_t seqlen,
-                            std::vector<int64_t>& used) {
+// Where one problem's lengths of queries or of keys go.
+struct Target {
+  Backend backend;
+  int64_t seqlen;
+  std::vector<int64_t>& used;    // (batch), what host points to
+  const int64_t*& host;          // null when every element is used in full
+  DeviceLengths& on_the_device;  // instead of host, for a tensor in the CUDA backend
+};
+
+void set(const char* name, const Lengths& lengths, const Target& target) {
   if (lengths.tensor) {
-    read_tensor(name, *lengths.tensor, seqlen, used);
+    const auto batch = static_cast<int64_t>(target.used.size());
+    const DeviceLengths view = view_tensor(name, *lengths.tensor, batch);
+    if (target.backend == Backend::kCuda) {
+      target.on_the_device = view;
+      return;
+    }
+    read_tensor(view, target.seqlen, target.used);
   } else if (lengths.list && !lengths.list->empty()) {
-    read_list(name, *lengths.list, seqlen, used);
+    read_list(name, *lengths.list, target.seqlen, target.used);
   } else {
-    return nullptr;
+    return;
   }
-  const auto full = [seqlen](int64_t value) { return value == seqlen; };
-  return std::all_of(used.begin(), used.end(), full) ? nullptr : used.data();
+  const auto full = [&](int64_t value) { return value == target.seqlen; };
+  const bool all = std::all_of(target.used.begin(), target.used.end(), full);
+  target.host = all ? nullptr : target.used.data();
 }
 
 }  // namespace
@@ -63,10 +78,10 @@ void set_lengths(const Arguments& args, Call& call) {
   Problem& p = call.problem;
   call.seqused_q.resize(p.batch);
   call.seqused_k.resize(p.batch);
-  p.seqused_q =
-      read_lengths("actual_seq_lengths", args.actual_seq_lengths, p.seqlen_q, call.seqused_q);
-  p.seqused_k =
-      read_lengths("actual_seq_lengths_kv", args.actual_seq_lengths_kv, p.seqlen_k, call.seqused_k);
+  set("actual_seq_lengths", args.actual_seq_lengths,
+      {call.backend, p.seqlen_q, call.seqused_q, p.seqused_q, p.device_seqused_q});
+  set("actual_seq_lengths_kv", args.actual_seq_lengths_kv,
+      {call.backend, p.seqlen_k, call.seqused_k, p.seqused_k, p.device_seqused_k});
 }
 
 }  // namespace pfa

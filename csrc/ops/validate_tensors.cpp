@@ -62,16 +62,20 @@ void check_devices(const Arguments& args) {
   const auto check_optional = [&](const char* name, const std::optional<Tensor>& tensor) {
     if (tensor) check(name, *tensor);
   };
+  // A single scale in host memory is read there and passed by value: nobody waits for a device.
+  const auto check_scale = [&](const char* name, const std::optional<Tensor>& tensor) {
+    if (tensor && !(tensor->is_cpu() && tensor->numel() == 1)) check(name, *tensor);
+  };
   check("key", args.key);
   check("value", args.value);
   check_optional("pse_shift", args.pse_shift);
   check_optional("atten_mask", args.atten_mask);
   check_optional("actual_seq_lengths", args.actual_seq_lengths.tensor);
-  check_optional("deq_scale1", args.deq_scale1);
-  check_optional("quant_scale1", args.quant_scale1);
-  check_optional("deq_scale2", args.deq_scale2);
-  check_optional("quant_scale2", args.quant_scale2);
-  check_optional("quant_offset2", args.quant_offset2);
+  check_scale("deq_scale1", args.deq_scale1);
+  check_scale("quant_scale1", args.quant_scale1);
+  check_scale("deq_scale2", args.deq_scale2);
+  check_scale("quant_scale2", args.quant_scale2);
+  check_scale("quant_offset2", args.quant_offset2);
   check_optional("actual_seq_lengths_kv", args.actual_seq_lengths_kv.tensor);
 }
 
