@@ -7,6 +7,7 @@ The environment variable PFA_LIBRARY names another library to load than the pack
 
 import os
 import pathlib
+from typing import Any, NamedTuple
 
 import torch
 
