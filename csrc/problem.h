@@ -57,7 +57,7 @@ struct Scale {
   bool given_by_value = false;  // CUDA backend only: one scale, in value instead of in data
   float value = 0.0f;
 
-  [[nodiscard]] bool given() const { return data != nullptr || given_by_value; }
+  [[nodiscard]] constexpr bool given() const { return data != nullptr || given_by_value; }
 };
 
 // Lengths that only the device knows: one integer per batch element, of any value. Whoever reads

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import reference
 import torch
+from backends import Backend, current
 from inputs import Call, Case
 from torch import Tensor
 
@@ -22,11 +23,6 @@ ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.int8: 2.0**-
 TYPICAL = 32  # elements of a row or column from which its largest error says something
 # By how much a P may be off before it is rounded to int8, relative: 1/500 of the smallest step.
 P_ERROR = 2.0**-16
-
-
-def tile_width(head_dim: int) -> int:
-    """Keys that the CPU kernels put in one tile; it decides which roundings an int8 P sees."""
-    return 256 if head_dim <= 256 else 128
 
 
 class Expected:
@@ -65,14 +61,17 @@ def check_case(forward: Callable[..., Tensor], case: Case) -> None:
     check(forward(*call.args, **call.options), call, expected)
 
 
-def check(out: Tensor, call: Call, expected: Expected | None = None) -> None:
+def check(
+    out: Tensor, call: Call, expected: Expected | None = None, backend: Backend | None = None
+) -> None:
+    """backend, by default the one under test, is where out comes from."""
     expected = expected or Expected(call)
     o = check_form(out, call)
     check_special(o, expected)
     if expected.bounded:
         check_error(o, expected)
     if expected.int8:
-        check_tiles(o, expected)
+        check_tiles(o, expected, (backend or current()).plan(call))
 
 
 def check_form(out: Tensor, call: Call) -> Tensor:
@@ -116,10 +115,10 @@ def check_error(o: Tensor, expected: Expected) -> None:
         assert not wrong.any(), _report(f"2x rule by {name}", wrong, o, want, most)
 
 
-def check_tiles(o: Tensor, expected: Expected) -> None:
+def check_tiles(o: Tensor, expected: Expected, plan: reference.Plan) -> None:
     """int8 inputs: as if P were rounded tile by tile. Only roundings near a half may differ."""
     p = expected.parts
-    tiled, slack = reference.tiled(p, tile_width(p.q.shape[-1]), P_ERROR)
+    tiled, slack = reference.tiled(p, plan, P_ERROR)
     size = (p.v.double().abs().amax() * p.scale_p * p.descale_o).abs()
     want, bound, rounding = _rounded(tiled, slack + size * P_ERROR, p)
     wrong = ((o - want).abs() > bound + rounding) & expected.seen & ~expected.free

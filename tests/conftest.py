@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of all tests, and the rule that tests marked slow run only when asked for (-m slow)."""
+"""Fixtures of all tests, and which tests run.
+
+    pytest                                the CPU kernels, and the CUDA kernels if there is a GPU
+    pytest --backend cuda                 the cases of all tests on the GPU
+    CUDASIM=<folder> pytest --backend sim the same in the simulator (backends.py), thinned
+
+Tests marked slow run only when asked for (-m slow).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +17,7 @@ from collections.abc import Callable, Iterator
 # where another process wants the same cores (61 s to 8 s on 2 cores), and no slower elsewhere.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import backends
 import pytest
 import torch
 from hypothesis import settings
@@ -19,21 +27,64 @@ settings.register_profile("pfa", derandomize=True, deadline=None, database=None,
 settings.load_profile("pfa")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        choices=backends.NAMES,
+        default=os.environ.get("PFA_TEST_BACKEND", "cpu"),
+        help="what the tests of the operator run on (or PFA_TEST_BACKEND)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu: tests what only the CPU kernels have")
+    try:
+        backends.select(config.option.backend)
+    except FileNotFoundError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_report_header() -> str:
+    return f"pfa backend: {backends.current().name}"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.markexpr or any("::" in arg for arg in config.args):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in set(slow)]
+    unwanted = set()
+    if not config.option.markexpr and not any("::" in arg for arg in config.args):
+        unwanted = {item for item in items if item.get_closest_marker("slow")}
+    if config.option.backend != "cpu":
+        unwanted |= {item for item in items if not _runs_elsewhere(item)}
+    config.hook.pytest_deselected(items=[item for item in items if item in unwanted])
+    items[:] = [item for item in items if item not in unwanted]
+
+
+def _runs_elsewhere(item: pytest.Item) -> bool:
+    """Is it a test of kernels, and not of the CPU's alone?"""
+    fixtures = getattr(item, "fixturenames", ())
+    takes = "forward" in fixtures or "on_cuda" in fixtures
+    return takes and item.get_closest_marker("cpu") is None
 
 
 @pytest.fixture(scope="session")
 def forward() -> Callable[..., torch.Tensor]:
-    """The operator. Importing pfa here leaves the tests of the reference runnable without it."""
-    import pfa  # noqa: F401
+    """The operator on the backend under test, with CPU tensors. It has overloads as attributes."""
+    return backends.current().operator()
 
-    return torch.ops.pfa.forward
+
+@pytest.fixture(scope="session")
+def on_cuda() -> backends.Backend:
+    """The CUDA kernels whatever the backend under test, in the simulator or on a GPU."""
+    backend = backends.with_cuda()
+    if backend is None:
+        pytest.skip("needs a GPU and a library with CUDA kernels, or --backend sim")
+    return backend
+
+
+@pytest.fixture(scope="module")
+def one_split() -> Iterator[None]:
+    """A row's bits then do not depend on the rest of the call."""
+    with backends.environment(PFA_NUM_SPLITS="1"):
+        yield
 
 
 @pytest.fixture

@@ -92,6 +92,9 @@ class Parts:
     descale_o: float
     scale_out: Tensor | None  # (1, N | 1, 1, D | 1), fp64; None: the output is not int8
     offset_out: Tensor
+    band: tuple[int, int, bool]  # lo, hi, anchored at the bottom right; the mask comes on top
+    q_lens: list[int]
+    k_lens: list[int]
 
     @property
     def seen(self) -> Tensor:
@@ -176,15 +179,10 @@ def parts(
         "pre": max(-FAR, min(pre_tokens, FAR)),
         "nxt": max(-FAR, min(next_tokens, FAR)),
     }
-    visible = _visible(
-        batch,
-        sq,
-        sk,
-        atten_mask,
-        lengths(actual_seq_lengths, batch, sq),
-        lengths(actual_seq_lengths_kv, batch, sk),
-        **rule,
-    )[:, None].expand(-1, num_heads, -1, -1)
+    q_lens = lengths(actual_seq_lengths, batch, sq)
+    k_lens = lengths(actual_seq_lengths_kv, batch, sk)
+    visible = _visible(batch, sq, sk, atten_mask, q_lens, k_lens, **rule)
+    visible = visible[:, None].expand(-1, num_heads, -1, -1)
     nan = torch.zeros(batch, num_heads, sq, dtype=torch.bool)
     bias = None
     if pse_shift is not None:
@@ -209,7 +207,16 @@ def parts(
         descale_o=read_deq_scale(deq_scale2),
         scale_out=None if quant_scale2 is None else _channels(quant_scale2, num_heads, 1.0),
         offset_out=_channels(quant_offset2, num_heads, 0.0),
+        band=_band(has_mask=atten_mask is not None, **rule),
+        q_lens=q_lens,
+        k_lens=k_lens,
     )
+
+
+def _band(*, mode: int, pre: int, nxt: int, has_mask: bool) -> tuple[int, int, bool]:
+    if mode == 4 or (mode == 0 and has_mask):
+        return -pre, nxt, mode == 4
+    return -FAR, 0 if mode in (2, 3) else FAR, mode == 3
 
 
 def exact(p: Parts) -> Tensor:
@@ -228,19 +235,74 @@ def softmax(s: Tensor) -> Tensor:
     return e / torch.where(total == 0, 1.0, total)
 
 
-def tiled(p: Parts, width: int | None = None, p_error: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The int8 chain of semantics.md, section 7, over key tiles that start at multiples of `width`.
+@dataclass(frozen=True)
+class Plan:
+    """How a backend cuts the keys of a row; it decides which roundings an int8 P sees."""
+
+    block_m: int  # rows that share their tiles
+    block_n: int  # keys of a tile; tiles start at multiples of it
+    num_splits: int = 1  # runs of tiles that have a running maximum each
+
+
+def tiled(p: Parts, plan: Plan | None = None, p_error: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The int8 chain of semantics.md, section 7, tile by tile.
 
     None is one tile: the reference. Returns (o, slack), both (B, N, Sq, D) fp64 and before
     requantise. slack bounds how far o moves when every exp is off by up to a relative `p_error`:
     only a P that lies that close to a rounding boundary can land on the other integer.
     """
-    s, v = p.scores(), p.v.double()
+    keys = p.k.shape[2]
+    plan = plan or Plan(max(p.q.shape[2], 1), max(keys, 1))
+    cuts = _cuts(p, plan)
+    scores = p.scores()
+    runs = []
+    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+        j = torch.arange(keys)
+        inside = (first[..., None] <= j) & (j < last[..., None])
+        s = scores.masked_fill(~inside[:, None], -torch.inf)
+        runs.append(_run(p, s, plan.block_n, p_error))
+    peak = torch.stack([run[0] for run in runs]).amax(0)
+    total, o, slack = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    for run_peak, run_total, run_o, run_slack in runs:
+        weight = torch.exp(run_peak - torch.where(peak == -torch.inf, 0.0, peak))
+        total, o, slack = total + weight * run_total, o + weight * run_o, slack + weight * run_slack
+    total = torch.where(total == 0, 1.0, total)
+    return (o / total).expand(p.q.shape), (slack / total).expand(p.q.shape)
+
+
+def _cuts(p: Parts, plan: Plan) -> list[Tensor]:
+    """num_splits + 1 tensors (B, Sq): the keys at which each row's runs begin and end.
+
+    The tiles that the row's block may see by band and length, cut into nearly equal runs.
+    """
+    sq = p.q.shape[2]
+    lo, hi, bottom_right = p.band
+    begin = torch.arange(sq) // plan.block_m * plan.block_m
+    first, count = [], []
+    for rows, keys in zip(p.q_lens, p.k_lens, strict=True):
+        anchor = keys - rows if bottom_right else 0
+        last_row = (begin + plan.block_m).clamp(max=rows) - 1
+        low = (begin + anchor + lo).clamp(0, keys)
+        high = (last_row + anchor + hi + 1).clamp(0, keys)
+        high = torch.where(last_row < begin, low, torch.maximum(low, high))
+        tiles = (high + plan.block_n - 1) // plan.block_n - low // plan.block_n
+        first.append(low // plan.block_n)
+        count.append(torch.where(high > low, tiles, 0))
+    start, tiles = torch.stack(first), torch.stack(count)
+    return [
+        (start + tiles * split // plan.num_splits) * plan.block_n
+        for split in range(plan.num_splits + 1)
+    ]
+
+
+def _run(p: Parts, s: Tensor, width: int, p_error: float) -> tuple[Tensor, ...]:
+    """One running maximum over all tiles: (peak, total, o, slack), o and slack not normalised."""
+    v = p.v.double()
     keys = s.shape[-1]
     peak = torch.full((*s.shape[:-1], 1), -torch.inf, dtype=torch.float64)
     total, o, slack = (torch.zeros((), dtype=torch.float64) for _ in range(3))
-    for start in range(0, keys, width or max(keys, 1)):
-        part = slice(start, start + (width or keys))
+    for start in range(0, keys, width):
+        part = slice(start, start + width)
         new_peak = torch.maximum(peak, s[..., part].amax(-1, keepdim=True))
         shift = torch.where(new_peak == -torch.inf, 0.0, new_peak)
         rescale = torch.exp(peak - shift)
@@ -252,8 +314,7 @@ def tiled(p: Parts, width: int | None = None, p_error: float = 0.0) -> tuple[Ten
         o = o * rescale + (p8 @ v[..., part, :]) * p.descale_o
         slack = slack * rescale + (flips @ v[..., part, :].abs()) * abs(p.descale_o)
         peak = new_peak
-    total = torch.where(total == 0, 1.0, total)
-    return (o / total).expand(p.q.shape), (slack / total).expand(p.q.shape)
+    return peak, total, o, slack
 
 
 def plain_torch(p: Parts) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from cases import EDGE, SMOKE, as_params
 from compare import check_case, prepared
 
+pytestmark = pytest.mark.cpu
+
 _AVX2 = {"avx2", "fma", "f16c"}
 _VNNI = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
 _BF16 = _VNNI | {"avx512_bf16"}

@@ -9,6 +9,8 @@ import torch
 from compare import check, prepared
 from inputs import Call, Case, Mask, Pse, Quant, restride, to_layout
 
+pytestmark = pytest.mark.usefixtures("one_split")
+
 LAYOUTS = ["BSH", "BSND", "BNSD", "BNSD_BSND"]
 BASE = {
     "bf16": Case("bf16", 2, 4, 2, sq=70, sk=150, dim=40, mode=3, k_lens=(150, 90)),

@@ -8,6 +8,8 @@ import torch
 from compare import check, prepared
 from inputs import FAR, Call, Case, Mask, Pse, Quant
 
+pytestmark = pytest.mark.usefixtures("one_split")
+
 Q_LENS, K_LENS = (70, 0, 1, 33), (150, 64, 65, 0)
 MODES = {
     "full": {},

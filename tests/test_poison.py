@@ -153,6 +153,7 @@ def test_empty_rows_into_dirty_memory(forward, case, nan_filled_empty):
     check_case(forward, case)
 
 
+@pytest.mark.cpu
 def test_smoke_with_dirty_heap():
     """glibc fills what malloc returns: a workspace must not be read before it is written."""
     environment = os.environ | {"MALLOC_PERTURB_": "128"}  # every byte 0x7f: NaN in fp16, 3e38

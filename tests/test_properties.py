@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import reference
 import torch
 from compare import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import FAR, Call, Case, Mask, Pse, Quant, compressed_mask, to_layout
+
+pytestmark = pytest.mark.usefixtures("one_split")
 
 SIZES = st.one_of(st.integers(1, 20), st.sampled_from([31, 63, 64, 65, 96, 97, 130, 193, 257, 300]))
 DIMS = st.one_of(st.integers(1, 20), st.sampled_from([32, 40, 63, 64, 65, 80, 96, 128, 129, 200]))

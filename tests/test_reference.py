@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import struct
 
@@ -11,6 +12,7 @@ import reference
 import torch
 from cases import EDGE, SMOKE, as_params
 from compare import P_ERROR, prepared
+from reference import Plan
 from torch.nn.functional import scaled_dot_product_attention
 
 INF, NAN = math.inf, math.nan
@@ -222,7 +224,7 @@ def _int8_tensors():
 )
 def test_int8_by_hand(p_scale, width, sum_pv):
     p = reference.parts(*_int8_tensors(), **_int8_call(p_scale))
-    o, slack = reference.tiled(p, width)
+    o, slack = reference.tiled(p, width and Plan(4, width))
     assert o.item() == pytest.approx(sum_pv * 0.5 / 1.5, rel=1e-6)
     assert not slack.any()
 
@@ -245,8 +247,36 @@ def test_tile_width_matters():
     """The check by tiles would notice another width."""
     call, _ = prepared(next(c for c in EDGE if c.dtype == "int8" and c.sk == 1000))
     p = reference.parts(*call.args, **call.options)
-    (a, slack), (b, _) = (reference.tiled(p, width, P_ERROR) for width in (256, 128))
+    (a, slack), (b, _) = (reference.tiled(p, Plan(64, n), P_ERROR) for n in (256, 128))
     assert ((a - b).abs() > slack + a.abs() * 2.0**-10).any()
+
+
+def test_splits_by_hand():
+    """Two runs of one tile of one key: each has its own maximum, as two tiles of width 1 have."""
+    p = reference.parts(*_int8_tensors(), **_int8_call())
+    o, _ = reference.tiled(p, Plan(4, 1, 2))
+    assert o.item() == pytest.approx((127 * 0.5 * 10 + 127 * 100) * 0.5 / 1.5, rel=1e-6)
+    p = reference.parts(*_int8_tensors(), **_int8_call(126.0))
+    o, _ = reference.tiled(p, Plan(4, 2, 7))  # six runs are empty
+    assert o.item() == pytest.approx((63 * 10 + 126 * 100) * 0.5 / 1.5, rel=1e-6)
+
+
+def test_splits_follow_the_band():
+    """Blocks of 2 rows, tiles of 2 keys; row i sees keys i - 2 to i, and two rows are not valid."""
+    q, k = torch.zeros(1, 1, 8, 1), torch.zeros(1, 1, 7, 1)
+    call = {"input_layout": "BNSD", "sparse_mode": 4, "pre_tokens": 2, "next_tokens": 0}
+    p = reference.parts(q, k, k, actual_seq_lengths=[6], actual_seq_lengths_kv=[6], **call)
+    cuts = torch.stack(reference._cuts(p, Plan(2, 2, 2)))[:, 0, ::2]
+    # tiles 0, 0 and 1, 1 and 2, none
+    assert cuts.T.tolist() == [[0, 0, 2], [0, 2, 4], [2, 4, 6], [4, 4, 4]]
+
+
+def test_splits_are_as_close_to_exact():
+    for case in (c for c in SMOKE if c.dtype == "int8"):
+        p, exact = prepared(case)[1].parts, prepared(case)[1].exact
+        whole, split = (reference.tiled(p, Plan(16, 32, n))[0] for n in (1, 3))
+        assert not torch.equal(whole, split)
+        assert (split - exact).norm() <= 1.5 * (whole - exact).norm()
 
 
 def test_requantise_by_hand():

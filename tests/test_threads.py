@@ -11,6 +11,8 @@ from cases import SMOKE, as_params
 from compare import prepared
 from inputs import Case, Mask, Quant
 
+pytestmark = pytest.mark.cpu
+
 # More query blocks and heads than threads, more keys than one tile.
 LARGER = [
     Case("bf16", 3, 5, sq=300, sk=700, dim=64, mode=3, k_lens=(700, 1, 333)),

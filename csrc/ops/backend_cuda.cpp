@@ -98,7 +98,8 @@ namespace {
 
 [[noreturn]] void fail_without_cuda() {
   throw std::runtime_error(
-      "pfa was built without CUDA kernels: build it again with FORCE_CUDA=1 where the CUDA toolkit's "
+      "pfa was built without CUDA kernels: build it again with FORCE_CUDA=1 where the CUDA "
+      "toolkit's "
       "nvcc is found, or call pfa.jit.load() under PFA_LIBRARY=none");
 }
 

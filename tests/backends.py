@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs the operator under test, chosen by pytest's --backend: see conftest.py.
+
+cpu: the CPU kernels. cuda: the CUDA kernels on a GPU. sim: the CUDA kernels in a simulator that
+takes the place of libcudart and executes their PTX, on the CPU and in host memory; the environment
+variable CUDASIM names its folder, docs/design.md says where to find one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import reference
+import torch
+from inputs import Call
+from torch import Tensor
+
+ROOT = pathlib.Path(__file__).parent.parent
+SIM_LIBRARY = ROOT / "build" / "sim" / "_C.abi3.so"
+NAMES = ("cpu", "sim", "cuda")
+
+
+class Backend:
+    """The CPU kernels; the others override what they do otherwise."""
+
+    name = "cpu"
+
+    def operator(self) -> Callable[..., Tensor]:
+        """torch.ops.pfa.forward, or what can be called in its place, with CPU tensors."""
+        import pfa  # noqa: F401  (here, so that the tests of the reference run without it)
+
+        return torch.ops.pfa.forward
+
+    def plan(self, call: Call) -> reference.Plan:
+        """How the kernels cut the keys of this call into tiles and runs."""
+        head_dim = call.query.shape[-1] // (call.num_heads if call.layout == "BSH" else 1)
+        return reference.Plan(block_m=96, block_n=256 if head_dim <= 256 else 128)
+
+
+class Simulator(Backend):
+    """CPU tensors; PFA_FORCE_BACKEND sends them to the CUDA kernels."""
+
+    name = "sim"
+
+    def plan(self, call: Call) -> reference.Plan:
+        import pfa
+
+        choice = pfa._library.cuda_choice(*call.args, **call.options)
+        return reference.Plan(choice.block_m, choice.block_n, choice.num_splits)
+
+
+class Gpu(Backend):
+    """Arguments go to the GPU as they are, result comes back."""
+
+    name = "cuda"
+
+    def operator(self) -> Callable[..., Tensor]:
+        return OnGpu(super().operator())
+
+    def plan(self, call: Call) -> reference.Plan:
+        import pfa
+
+        args, options = to_gpu(call.args, call.options)
+        choice = pfa._library.cuda_choice(*args, **options)
+        return reference.Plan(choice.block_m, choice.block_n, choice.num_splits)
+
+    def has_kernels(self) -> bool:
+        import pfa
+
+        x = torch.ones(1, 1, 1, dtype=torch.float16, device="cuda")
+        try:
+            pfa._library.cuda_choice(x, x, x)
+        except RuntimeError as error:
+            if "built without CUDA" in str(error):
+                return False
+            raise
+        return True
+
+
+class OnGpu:
+    """An operator that takes and returns CPU tensors, and its overloads as attributes."""
+
+    def __init__(self, operator: Callable[..., Tensor]) -> None:
+        self._operator = operator
+
+    def __call__(self, *args: Tensor, **options: Any) -> Tensor:
+        args, options = to_gpu(args, options)
+        return self._operator(*args, **options).cpu()
+
+    def __getattr__(self, overload: str) -> OnGpu:
+        return OnGpu(getattr(self._operator, overload))
+
+
+def to_gpu(args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Tensors at the same strides and offsets, those that share memory sharing it again."""
+    storages: dict[int, Tensor] = {}
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in storages:
+            host = torch.empty(0, dtype=torch.uint8).set_(storage)
+            storages[storage.data_ptr()] = host.cuda()
+        memory = storages[storage.data_ptr()].untyped_storage()
+        empty = torch.empty(0, dtype=x.dtype, device="cuda")
+        return empty.set_(memory, x.storage_offset(), x.size(), x.stride())
+
+    return tuple(map(move, args)), {name: move(x) for name, x in options.items()}
+
+
+_BACKENDS = {backend.name: backend for backend in (Backend(), Simulator(), Gpu())}
+_current = _BACKENDS["cpu"]
+
+
+def current() -> Backend:
+    return _current
+
+
+def with_cuda() -> Backend | None:
+    """The current backend if it has CUDA kernels, else the GPU if it and its kernels are there."""
+    if _current.name != "cpu":
+        return _current
+    gpu = _BACKENDS["cuda"]
+    return gpu if torch.cuda.is_available() and gpu.has_kernels() else None
+
+
+def select(name: str) -> None:
+    """Makes a backend the current one. The simulator has to come before pfa is imported."""
+    global _current
+    _current = _BACKENDS[name]
+    if name == "sim":
+        os.environ.update(simulator_environment())
+        # The loader knows a library by its name: pfa's then finds this one.
+        ctypes.CDLL(str(simulator() / "libcudart.so.13"), mode=ctypes.RTLD_GLOBAL)
+
+
+def simulator() -> pathlib.Path:
+    folder = os.environ.get("CUDASIM", "")
+    for path in (pathlib.Path(folder), pathlib.Path(folder, "build")):
+        if folder and (path / "libcudart.so.13").exists():
+            return path
+    raise FileNotFoundError(f"CUDASIM must name a folder with libcudart.so.13, got {folder!r}")
+
+
+def simulator_environment(**more: str) -> dict[str, str]:
+    """What a process needs to run this library in the simulator."""
+    return {
+        "LD_LIBRARY_PATH": f"{simulator()}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+        "PFA_LIBRARY": os.environ.get("PFA_LIBRARY") or str(SIM_LIBRARY),
+        "PFA_FORCE_BACKEND": "cuda",
+        "CUDASIM_CC": os.environ.get("CUDASIM_CC", "80"),
+        **more,
+    }
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Environment variables for the while of a block; the operator reads them at every call."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
