@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a Problem to launches: picks the kernel, cuts the work into blocks and splits, asks for
+// workspace, and enqueues the passes. Host code only.
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <string>
+
+#include "check.h"
+#include "combine.h"
+#include "element.cuh"
+#include "forward.h"
+#include "launch.h"
+#include "mask_pack.h"
+
+namespace pfa::cuda {
+namespace {
+
+// A split shorter than this costs more in partial results than it saves. A guess, not measured.
+constexpr int64_t kLeastKeysPerSplit = 256;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What a call needs to know of a GPU; read once per device.
+struct Device {
+  int compute_capability = 0;  // 10 major + minor
+  int multiprocessors = 0;
+  int shared_bytes = 0;  // that a block can have
+
+  static Device read(int device) {
+    const auto attribute = [device](cudaDeviceAttr which) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, which, device), "read the attributes of the GPU");
+      return value;
+    };
+    return {10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                attribute(cudaDevAttrComputeCapabilityMinor),
+            attribute(cudaDevAttrMultiProcessorCount),
+            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  }
+};
+
+// The kernels of one (element, head_dim bucket).
+struct Kernels {
+  const char* element;
+  int head_dim;
+  KernelInfo (*info)(const Variant&);
+  int (*blocks_per_sm)(const Variant&, int device);
+  void (*launch)(const Variant&, const Params&, int64_t blocks, int device, cudaStream_t);
+};
+
+template <class Element, int... kHeadDims>
+Kernels smallest_bucket(int64_t head_dim) {
+  constexpr std::array<Kernels, sizeof...(kHeadDims)> kBuckets{
+      Kernels{Element::kName, kHeadDims, sm80::info<Element, kHeadDims>,
+              sm80::blocks_per_sm<Element, kHeadDims>, sm80::launch<Element, kHeadDims>}...};
+  return *std::find_if(kBuckets.begin(), kBuckets.end(),
+                       [&](const Kernels& kernels) { return head_dim <= kernels.head_dim; });
+}
+
+template <class Element>
+Kernels kernels_of(int64_t head_dim) {
+  return smallest_bucket<Element, 64, 96, 128, 192, 256, 384, 512>(head_dim);
+}
+
+Kernels kernels_of(const Problem& problem) {
+  if (problem.dtype == DType::kInt8) return kernels_of<Int8>(problem.head_dim);
+  if (problem.dtype == DType::kBFloat16) return kernels_of<BFloat16>(problem.head_dim);
+  return kernels_of<Float16>(problem.head_dim);
+}
+
+struct Plan {
+  Kernels kernels;
+  Variant variant;
+  KernelInfo info;
+  int num_splits;
+  int64_t num_m_blocks;
+
+  [[nodiscard]] std::string name() const {
+    return std::string("sm80 ") + kernels.element + " D" + std::to_string(kernels.head_dim) +
+           (variant.dense ? " dense" : " band") + (variant.bias ? " bias" : "") +
+           (variant.compact ? " compact" : "");
+  }
+};
+
+// PFA_NUM_SPLITS, or 0.
+int forced_splits() {
+  const char* text = std::getenv("PFA_NUM_SPLITS");
+  if (text == nullptr || *text == '\0') return 0;
+  char* end = nullptr;
+  const long value = std::strtol(text, &end, 10);
+  if (*end != '\0' || value < 1 || value > kMaxSplits) {
+    throw std::runtime_error("PFA_NUM_SPLITS must be a number from 1 to " +
+                             std::to_string(kMaxSplits) + ", got " + text);
+  }
+  return static_cast<int>(value);
+}
+
+// The fewest splits that keep the GPU nearly as busy as the best number would: at `slots` blocks at
+// a time, blocks * splits of them fill the last wave to at least 85 % of the best fill.
+int splits_that_fill(int64_t blocks, int64_t slots, int64_t most) {
+  if (5 * blocks >= 4 * slots) return 1;
+  std::array<double, kMaxSplits + 1> fill{};
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    const double waves = static_cast<double>(blocks * splits) / static_cast<double>(slots);
+    fill[splits] = waves / static_cast<double>(ceil_div(blocks * splits, slots));
+  }
+  const double best = *std::max_element(fill.begin(), fill.end());
+  const auto enough = [best](double x) { return x >= 0.85 * best; };
+  return static_cast<int>(std::find_if(fill.begin() + 1, fill.end(), enough) - fill.begin());
+}
+
+// Keys that a block of rows may see at most.
+int64_t most_keys(const Problem& problem, int block_m) {
+  const Band& band = problem.band;
+  if (band.lo <= -Band::kUnbounded || band.hi >= Band::kUnbounded) return problem.seqlen_k;
+  return std::min(problem.seqlen_k, band.hi - band.lo + block_m);
+}
+
+int choose_splits(const Problem& problem, const Plan& plan, int device, const Device& gpu) {
+  if (const int forced = forced_splits(); forced > 0) return forced;
+  const int64_t blocks = problem.batch * problem.num_heads * plan.num_m_blocks;
+  // An SM holds at least one block: only a call that might split asks how many.
+  if (5 * blocks >= 4 * int64_t{gpu.multiprocessors} * 8) return 1;
+  const int64_t slots =
+      int64_t{gpu.multiprocessors} * plan.kernels.blocks_per_sm(plan.variant, device);
+  const int64_t most = most_keys(problem, plan.info.block_m) / kLeastKeysPerSplit;
+  return splits_that_fill(blocks, slots, std::clamp<int64_t>(most, 1, kMaxSplits));
+}
+
+Plan make_plan(const Problem& problem, int device) {
+  const Device gpu = Device::read(device);
+  if (gpu.compute_capability < 80) {
+    throw std::runtime_error("pfa.forward needs a GPU of compute capability 8.0 or higher, got " +
+                             std::to_string(gpu.compute_capability / 10) + "." +
+                             std::to_string(gpu.compute_capability % 10));
+  }
+  Plan plan{};
+  plan.kernels = kernels_of(problem);
+  plan.variant.dense = problem.mask.data != nullptr;
+  plan.variant.bias = problem.bias.data != nullptr;
+  plan.variant.compact = plan.kernels.info(plan.variant).shared_bytes > gpu.shared_bytes;
+  plan.info = plan.kernels.info(plan.variant);
+  plan.num_m_blocks = ceil_div(problem.seqlen_q, plan.info.block_m);
+  plan.num_splits = choose_splits(problem, plan, device, gpu);
+  return plan;
+}
+
+bool is_aligned(const void* data, std::initializer_list<int64_t> bytes) {
+  const auto aligned = [](int64_t x) { return x % 16 == 0; };
+  return aligned(static_cast<int64_t>(reinterpret_cast<uintptr_t>(data))) &&
+         std::all_of(bytes.begin(), bytes.end(), aligned);
+}
+
+// Strides of dimensions of one element say nothing and may be anything.
+template <class View>
+StridedTensor strided(const View& view, const Problem& p, int64_t heads, int64_t rows,
+                      DType dtype) {
+  const int64_t bytes = dtype == DType::kInt8 ? 1 : 2;
+  StridedTensor tensor;
+  tensor.data = static_cast<char*>(const_cast<void*>(static_cast<const void*>(view.data)));
+  tensor.batch = p.batch > 1 ? view.batch * bytes : 0;
+  tensor.head = heads > 1 ? view.head * bytes : 0;
+  tensor.row = rows > 1 ? view.row * bytes : 0;
+  tensor.vectorised =
+      is_aligned(view.data, {tensor.batch, tensor.head, tensor.row, p.head_dim * bytes});
+  return tensor;
+}
+
+BiasParams bias_params(const Problem& p) {
+  BiasParams bias;
+  if (p.bias.data == nullptr) return bias;
+  bias.data = static_cast<const char*>(p.bias.data);
+  bias.batch = p.bias.batch * 2;
+  bias.head = p.bias.head * 2;
+  bias.row = p.bias.row * 2;
+  bias.vectorised = is_aligned(bias.data, {bias.batch, bias.head, bias.row});
+  return bias;
+}
+
+class Launcher {
+ public:
+  Launcher(const Problem& problem, const Resources& resources)
+      : problem_(problem),
+        resources_(resources),
+        stream_(static_cast<cudaStream_t>(resources.stream)),
+        plan_(make_plan(problem, resources.device)) {}
+
+  void run() {
+    Params params = base_params();
+    params.seqused_q = lengths(problem_.seqused_q, problem_.device_seqused_q);
+    params.seqused_k = lengths(problem_.seqused_k, problem_.device_seqused_k);
+    if (plan_.variant.dense) params.mask = packed_mask();
+    if (plan_.num_splits > 1) params.split = split_params();
+    const int64_t blocks =
+        problem_.batch * problem_.num_heads * plan_.num_m_blocks * plan_.num_splits;
+    plan_.kernels.launch(plan_.variant, params, blocks, resources_.device, stream_);
+    if (plan_.num_splits > 1) combine_splits(params, stream_);
+  }
+
+ private:
+  [[nodiscard]] Params base_params() const {
+    const Problem& p = problem_;
+    Params params;
+    params.q = strided(p.q, p, p.num_heads, p.seqlen_q, p.dtype);
+    params.k = strided(p.k, p, p.num_heads_k, p.seqlen_k, p.dtype);
+    params.v = strided(p.v, p, p.num_heads_k, p.seqlen_k, p.dtype);
+    params.out = strided(p.out, p, p.num_heads, p.seqlen_q, p.dtype_out);
+    params.dtype_out = p.dtype_out;
+    params.batch = p.batch;
+    params.seqlen_q = p.seqlen_q;
+    params.seqlen_k = p.seqlen_k;
+    params.num_heads = static_cast<int>(p.num_heads);
+    params.heads_per_group = static_cast<int>(p.heads_per_group());
+    params.head_dim = static_cast<int>(p.head_dim);
+    params.softmax_scale = p.softmax_scale;
+    params.band = p.band;
+    params.bias = bias_params(p);
+    params.quant = p.quant;
+    params.num_m_blocks = plan_.num_m_blocks;
+    params.longest_first = p.band.hi < Band::kUnbounded;
+    params.batch_innermost = p.bias.data != nullptr && p.bias.batch == 0 && p.batch > 1;
+    return params;
+  }
+
+  [[nodiscard]] void* allocate(int64_t bytes) const {
+    return resources_.allocate(bytes, resources_.context);
+  }
+
+  [[nodiscard]] LengthsParams lengths(const int64_t* host, const DeviceLengths& device) const {
+    LengthsParams lengths;
+    if (host != nullptr && problem_.batch <= kInlineLengths) {
+      lengths.is_inline = true;
+      std::copy_n(host, problem_.batch, lengths.values);
+    } else if (host != nullptr) {
+      auto* values = static_cast<int64_t*>(allocate(problem_.batch * int64_t{sizeof(int64_t)}));
+      store_lengths(host, problem_.batch, values, stream_);
+      lengths.data = values;
+      lengths.stride = 1;
+      lengths.is_int64 = true;
+    } else if (device.data != nullptr) {
+      lengths.data = device.data;
+      lengths.stride = device.stride;
+      lengths.is_int64 = device.is_int64;
+    }
+    return lengths;
+  }
+
+  [[nodiscard]] PackedMaskParams packed_mask() const {
+    const int block_m = plan_.info.block_m, block_n = plan_.info.block_n;
+    const PackedMaskPlan plan(problem_, block_m, block_n);
+    void* bits = allocate(plan.bits_bytes());
+    void* classes = allocate(plan.classes_bytes());
+    const PackedMaskParams packed = plan.params(bits, classes);
+    pack_mask(problem_, plan, packed, block_m, block_n, stream_);
+    return packed;
+  }
+
+  [[nodiscard]] SplitParams split_params() const {
+    SplitParams split;
+    split.count = plan_.num_splits;
+    const int64_t parts =
+        problem_.batch * problem_.num_heads * problem_.seqlen_q * plan_.num_splits;
+    split.out =
+        static_cast<float*>(allocate(parts * problem_.head_dim * int64_t{sizeof(float)}));
+    split.stats = static_cast<float2*>(allocate(parts * int64_t{sizeof(float2)}));
+    return split;
+  }
+
+  const Problem& problem_;
+  const Resources& resources_;
+  cudaStream_t stream_;
+  Plan plan_;
+};
+
+}  // namespace
+
+void forward(const Problem& problem, const Resources& resources) {
+  Launcher(problem, resources).run();
+}
+
+Choice choose(const Problem& problem, int device) {
+  const Plan plan = make_plan(problem, device);
+  return {plan.name(), plan.info.block_m, plan.info.block_n, plan.num_splits};
+}
+
+bool reads_host_memory(int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, cudaDevAttrPageableMemoryAccess, device),
+        "ask whether the GPU reads host memory");
+  return value != 0;
+}
+
+}  // namespace pfa::cuda

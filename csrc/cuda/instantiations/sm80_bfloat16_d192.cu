@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "../sm80/launch.cuh"
+
+PFA_INSTANTIATE_SM80(BFloat16, 192)

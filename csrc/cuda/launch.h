@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// The seam between the dispatcher and the kernels: one function per (element, head_dim bucket), so
+// that each can be compiled on its own.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace pfa::cuda {
+
+constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
+
+// The kernels of one (element, head_dim bucket): which tile a variant has, and how it is launched.
+struct Variant {
+  bool dense = false;    // a packed mask
+  bool bias = false;
+  bool compact = false;  // see sm80/config.cuh: tile_of
+};
+struct KernelInfo {
+  int block_m, block_n, threads, shared_bytes;
+};
+
+namespace sm80 {
+
+template <class Element, int kHeadDim>
+[[nodiscard]] KernelInfo info(const Variant& variant);
+
+// Blocks of a variant that fit an SM at once. The device is current.
+template <class Element, int kHeadDim>
+[[nodiscard]] int blocks_per_sm(const Variant& variant, int device);
+
+// Enqueues `blocks` blocks in as many grids as they need.
+template <class Element, int kHeadDim>
+void launch(const Variant& variant, const Params& params, int64_t blocks, int device,
+            cudaStream_t stream);
+
+}  // namespace sm80
+}  // namespace pfa::cuda

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+// Reads a dense mask once: packs it into bits in the order in which the attention kernel's threads
+// hold scores (fragment.cuh), and classifies each tile as empty, partial or full, so that only
+// partial tiles cost anything later. All on the device: capturable, no synchronisation.
+//
+// The band and the lengths are not looked at. Rows and keys that do not exist are masked in the
+// bits and do not keep a tile from being full; the lengths cut them off anyway.
+#include "check.h"
+#include "launch.h"
+#include "mask.cuh"
+#include "mask_pack.h"
+
+namespace pfa::cuda {
+namespace {
+
+constexpr int kCellsPerBlock = 4;  // cells of 64 keys that a block reads
+constexpr int kGranule = 32;       // keys: divides every tile
+
+struct PackParams {
+  Mask mask;
+  int64_t seqlen_q, seqlen_k;
+  PackedMaskParams packed;
+  int64_t num_m_blocks, key_blocks;
+  int64_t first_block;
+  int block_m, block_n;
+};
+
+// Bits 8 i + {0, 1} of a row's mask, shifted down by the lane's column, -> bits 4 i + {0, 1}.
+__device__ __forceinline__ uint32_t gather_pairs(uint32_t x) {
+  return (x & 0x3u) | (x >> 4 & 0x30u) | (x >> 8 & 0x300u) | (x >> 12 & 0x3000u);
+}
+
+// What a warp has seen of each granule of its rows.
+struct Seen {
+  uint32_t any = 0, masked = 0;  // a bit per granule
+
+  __device__ void add(int granule, uint32_t row_mask, uint32_t exists) {
+    any |= static_cast<uint32_t>((~row_mask & exists) != 0) << granule;
+    masked |= static_cast<uint32_t>((row_mask & exists) != 0) << granule;
+  }
+};
+
+// 16 rows by 64 keys: reads the bytes and writes the lane's word.
+__device__ void pack_cell(const PackParams& p, const uint8_t* rows, int64_t row_begin,
+                          int64_t key_begin, int granule, uint32_t* words, Seen& seen) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  bool masked[kMaskRows][2];
+#pragma unroll
+  for (int r = 0; r < kMaskRows; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t key = key_begin + half * kWarp + lane;
+      const bool exists = row_begin + r < p.seqlen_q && key < p.seqlen_k;
+      masked[r][half] = !exists || rows[r * p.mask.row + key] != 0;
+    }
+  }
+  uint32_t mine[2] = {~0u, ~0u};  // of row `lane`, for lanes below 16
+#pragma unroll
+  for (int r = 0; r < kMaskRows; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t key = key_begin + half * kWarp + lane;
+      const uint32_t row_mask = __ballot_sync(0xffffffffu, masked[r][half]);
+      const bool exists = row_begin + r < p.seqlen_q && key < p.seqlen_k;
+      seen.add(granule + half, row_mask, __ballot_sync(0xffffffffu, exists));
+      if (lane == r) mine[half] = row_mask;
+    }
+  }
+  const int row = accumulator_row(lane, 0), column = accumulator_column(lane, 0);
+  uint32_t word = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t upper = __shfl_sync(0xffffffffu, mine[half], row) >> column;
+    const uint32_t lower = __shfl_sync(0xffffffffu, mine[half], row + 8) >> column;
+    word |= (gather_pairs(upper) | gather_pairs(lower) << 2) << (16 * half);
+  }
+  words[lane] = word;
+}
+
+__device__ TileClass class_of(uint32_t any, uint32_t masked, int first_granule, int granules) {
+  const uint32_t window = ((1u << granules) - 1) << first_granule;
+  if ((any & window) == 0) return kEmpty;
+  return (masked & window) == 0 ? kFull : kPartial;
+}
+
+__global__ void pack_mask_kernel(const __grid_constant__ PackParams p) {
+  __shared__ uint32_t any, masked;
+  if (threadIdx.x == 0) any = masked = 0;
+  __syncthreads();
+  int64_t index = p.first_block + blockIdx.x;
+  const int64_t key_block = index % p.key_blocks;
+  index /= p.key_blocks;
+  const int64_t m_block = index % p.num_m_blocks, b = index / p.num_m_blocks;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int64_t row_begin = m_block * p.block_m + warp * kMaskRows;
+  const uint8_t* rows = p.mask.data + b * p.mask.batch + row_begin * p.mask.row;
+  uint32_t* words = const_cast<uint32_t*>(p.packed.bits) + b * p.packed.bits_batch +
+                    row_begin / kMaskRows * p.packed.bits_row_group;
+  Seen seen;
+  for (int i = 0; i < kCellsPerBlock; ++i) {
+    const int64_t cell = key_block * kCellsPerBlock + i;
+    if (cell * kMaskKeys >= p.seqlen_k) break;
+    pack_cell(p, rows, row_begin, cell * kMaskKeys, i * (kMaskKeys / kGranule),
+              words + cell * kWarp, seen);
+  }
+  if (threadIdx.x % kWarp == 0) {
+    atomicOr(&any, seen.any);
+    atomicOr(&masked, seen.masked);
+  }
+  __syncthreads();
+  const int granules = p.block_n / kGranule;
+  const int64_t n_tile = key_block * (kCellsPerBlock * kMaskKeys / p.block_n) + threadIdx.x;
+  const int first_granule = static_cast<int>(threadIdx.x) * granules;
+  if (first_granule * kGranule >= kCellsPerBlock * kMaskKeys) return;
+  if (n_tile * p.block_n >= p.seqlen_k) return;
+  uint8_t* classes = const_cast<uint8_t*>(p.packed.classes) + b * p.packed.classes_batch +
+                     m_block * p.packed.classes_m_block;
+  classes[n_tile] = class_of(any, masked, first_granule, granules);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+PackedMaskPlan::PackedMaskPlan(const Problem& problem, int block_m, int block_n)
+    : masks(problem.mask.batch == 0 ? 1 : problem.batch),
+      row_groups(ceil_div(problem.seqlen_q, block_m) * block_m / kMaskRows),
+      key_cells(ceil_div(problem.seqlen_k, kMaskKeys)),
+      num_m_blocks(ceil_div(problem.seqlen_q, block_m)),
+      num_tiles(ceil_div(problem.seqlen_k, block_n)) {}
+
+int64_t PackedMaskPlan::bits_bytes() const {
+  return masks * row_groups * key_cells * kWarp * int64_t{sizeof(uint32_t)};
+}
+
+int64_t PackedMaskPlan::classes_bytes() const { return masks * num_m_blocks * num_tiles; }
+
+PackedMaskParams PackedMaskPlan::params(void* bits, void* classes) const {
+  PackedMaskParams params;
+  params.bits = static_cast<const uint32_t*>(bits);
+  params.classes = static_cast<const uint8_t*>(classes);
+  params.bits_row_group = key_cells * kWarp;
+  params.bits_batch = masks == 1 ? 0 : row_groups * params.bits_row_group;
+  params.classes_m_block = num_tiles;
+  params.classes_batch = masks == 1 ? 0 : num_m_blocks * num_tiles;
+  return params;
+}
+
+void pack_mask(const Problem& problem, const PackedMaskPlan& plan, const PackedMaskParams& packed,
+               int block_m, int block_n, cudaStream_t stream) {
+  PackParams p{};
+  p.mask = problem.mask;
+  p.seqlen_q = problem.seqlen_q;
+  p.seqlen_k = problem.seqlen_k;
+  p.packed = packed;
+  p.num_m_blocks = plan.num_m_blocks;
+  p.key_blocks = ceil_div(plan.key_cells, kCellsPerBlock);
+  p.block_m = block_m;
+  p.block_n = block_n;
+  const int64_t blocks = plan.masks * p.num_m_blocks * p.key_blocks;
+  while (p.first_block < blocks) {
+    const int64_t left = blocks - p.first_block;
+    const auto grid = static_cast<unsigned>(left < kMaxGrid ? left : kMaxGrid);
+    pack_mask_kernel<<<grid, block_m / kMaskRows * kWarp, 0, stream>>>(p);
+    check(cudaGetLastError(), "launch pack_mask");
+    p.first_block += grid;
+  }
+}
+
+}  // namespace pfa::cuda

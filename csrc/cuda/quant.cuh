@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scales, and the int8 arithmetic of scores, probabilities and outputs.
+//
+// Integers become floats by adding them to the bits of kMagic = 1.5 * 2^23, where neighbouring
+// floats are 1 apart: exact for magnitudes below 2^22, and a plain addition on every GPU, where
+// sm_80 converts integers at an eighth of that rate. The same constant rounds a float to the
+// nearest integer, ties to even, into the low bits of a sum.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "element.cuh"
+#include "params.h"
+
+namespace pfa::cuda {
+
+constexpr float kMagic = 12582912.0f;
+constexpr int32_t kMagicBits = 0x4b400000;
+
+__device__ __forceinline__ float read_scale(const Scale& scale, int64_t channel = 0) {
+  if (scale.given_by_value) return scale.value;
+  const int64_t at = channel * scale.stride;
+  switch (scale.type) {
+    case ScaleType::kFloat32:
+      return static_cast<const float*>(scale.data)[at];
+    case ScaleType::kBFloat16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(scale.data)[at]);
+    default:
+      return __uint_as_float(static_cast<uint32_t>(static_cast<const uint64_t*>(scale.data)[at]));
+  }
+}
+
+// out * scale + offset, half to even, saturated; NaN is -128.
+__device__ __forceinline__ int quantise_output(const Quant& quant, float out, int64_t channel) {
+  const float offset = quant.offset_out.given() ? read_scale(quant.offset_out, channel) : 0;
+  const float scaled = fmaf(out, read_scale(quant.scale_out, channel), offset);
+  return __float2int_rn(fminf(fmaxf(scaled, -128.0f), 127.0f));
+}
+
+namespace quant {
+
+// q, k and v are floats: a score is the sum itself, and P is rounded to their type.
+struct None {
+  static constexpr bool kIsInteger = false;
+};
+
+// q, k and v are int8: S is exact in int32, P is rounded to quant.scale_p steps.
+struct PerTensor {
+  static constexpr bool kIsInteger = true;
+};
+
+template <class Element>
+struct PolicyOf {
+  using Type = None;
+};
+template <>
+struct PolicyOf<Int8> {
+  using Type = PerTensor;
+};
+template <class Element>
+using Of = typename PolicyOf<Element>::Type;
+
+// Four probabilities times scale, as int8 in ascending bytes.
+template <bool kSaturate>
+__device__ __forceinline__ uint32_t pack4(float a, float b, float c, float d, float scale) {
+  const auto rounded = [scale](float p) {
+    if (!kSaturate) return __float_as_uint(fmaf(p, scale, kMagic));
+    return __float_as_uint(fminf(fmaxf(p * scale, -128.0f), 127.0f) + kMagic);
+  };
+  const uint32_t low = __byte_perm(rounded(a), rounded(b), 0x0040);
+  const uint32_t high = __byte_perm(rounded(c), rounded(d), 0x0040);
+  return __byte_perm(low, high, 0x5410);
+}
+
+}  // namespace quant
+}  // namespace pfa::cuda

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+// From unnormalised sums in registers to the output: rows are staged in shared memory, where q, k
+// and v were, and written in chunks of 16 bytes. Every row of the block that the output has is
+// written; rows without a key, or beyond the valid length, are zeros.
+#pragma once
+
+#include "mainloop.cuh"
+
+namespace pfa::cuda::sm80 {
+
+template <class T>
+class Epilogue {
+  using Element = typename T::Element;
+  static constexpr bool kIsInteger = T::Quant::kIsInteger;
+  // Neighbouring channels that a thread holds of a row: two of an accumulator, or the four that two
+  // accumulators of int8 interleave (Mainloop::multiply_integers).
+  static constexpr int kRun = kIsInteger ? 4 : 2;
+  static constexpr int kRuns = T::kTilesO * 2 / kRun;
+
+ public:
+  // second: only rows whose statistics are numbers are written.
+  __device__ static void store(const Params& p, const BlockIndex& block, const Sequence& sequence,
+                               Mainloop<T>& mainloop, char* shared, bool second) {
+    const Epilogue epilogue(p, block, sequence, shared);
+    float(&sums)[T::kMmaM][2] = mainloop.softmax.row_sum;
+    mainloop.softmax.finalise();
+    __syncthreads();  // nobody reads shared memory any more
+    epilogue.exchange(sums);
+    if (p.split.count > 1) {
+      epilogue.store_split(mainloop, second);
+    } else if (p.dtype_out == DType::kInt8) {
+      epilogue.template stage<1>(mainloop);
+      __syncthreads();
+      epilogue.template copy<1>(second);
+    } else {
+      epilogue.template stage<2>(mainloop);
+      __syncthreads();
+      epilogue.template copy<2>(second);
+    }
+  }
+
+ private:
+  __device__ Epilogue(const Params& p, const BlockIndex& block, const Sequence& sequence,
+                      char* shared)
+      : p_(p),
+        block_(block),
+        sequence_(sequence),
+        shared_(shared),
+        thread_(recomputed(static_cast<int>(threadIdx.x))) {}
+
+  [[nodiscard]] __device__ int lane() const { return thread_ % kWarp; }
+  [[nodiscard]] __device__ int warp_m() const { return thread_ / kWarp % T::kWarpsM; }
+  [[nodiscard]] __device__ int warp_n() const { return thread_ / (kWarp * T::kWarpsM); }
+  [[nodiscard]] __device__ int row_of(int m, int r) const {
+    return (warp_m() * T::kMmaM + m) * 16 + accumulator_row(lane(), 2 * r);
+  }
+  [[nodiscard]] __device__ int channel_of(int run) const {
+    const int column = run * (kRun * 4) + lane() % 4 * kRun;  // among the warp's own
+    return column / 16 * (16 * T::kWarpsN) + warp_n() * 16 + column % 16;
+  }
+  // Element i of a run of row r.
+  __device__ static float value_of(const Mainloop<T>& mainloop, int m, int r, int run, int i) {
+    if constexpr (kIsInteger) return mainloop.acc_o[m][2 * run + i % 2][2 * r + i / 2];
+    return mainloop.acc_o[m][run][2 * r + i];
+  }
+
+  // Leaves each row's sum in shared memory; warps that share rows add theirs up.
+  __device__ void exchange(float (&sums)[T::kMmaM][2]) const {
+    auto* stats = reinterpret_cast<float*>(shared_ + T::kStats);
+#pragma unroll
+    for (int m = 0; m < T::kMmaM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (lane() % 4 == 0) stats[warp_n() * T::kBlockM + row_of(m, r)] = sums[m][r];
+      }
+    }
+    if constexpr (T::kWarpsN == 1) return;
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < T::kMmaM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {  // in the same order in both warps: the same bits
+        sums[m][r] = stats[row_of(m, r)] + stats[T::kBlockM + row_of(m, r)];
+      }
+    }
+  }
+
+  [[nodiscard]] __device__ bool is_number(int row) const {
+    const auto* stats = reinterpret_cast<const float*>(shared_ + T::kStats);
+    float sum = stats[row];
+    if constexpr (T::kWarpsN > 1) sum += stats[T::kBlockM + row];
+    return sum == sum;
+  }
+
+  template <int kOutBytes>
+  __device__ void stage(const Mainloop<T>& mainloop) const {
+    const float unit = kIsInteger ? read_scale(p_.quant.descale_o) : 1.0f;
+#pragma unroll
+    for (int m = 0; m < T::kMmaM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float sum = mainloop.softmax.row_sum[m][r];
+        const bool has_key = row_of(m, r) < sequence_.rows && sum != 0.0f;
+        const float factor = unit / sum;
+#pragma unroll
+        for (int run = 0; run < kRuns; ++run) {
+          float values[kRun];
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) {
+            values[i] = has_key ? value_of(mainloop, m, r, run, i) * factor : 0.0f;
+          }
+          stage_run<kOutBytes>(row_of(m, r), channel_of(run), values, has_key);
+        }
+      }
+    }
+  }
+
+  template <int kOutBytes>
+  __device__ void stage_run(int row, int channel, const float (&values)[kRun], bool has_key) const {
+    constexpr int kChunks = T::kHeadDim * kOutBytes / kChunkBytes;
+    const int byte = channel * kOutBytes;
+    char* to = shared_ + chunk_offset<kChunks>(row, byte / kChunkBytes) + byte % kChunkBytes;
+    if constexpr (kOutBytes == 2) {
+      using Out = Half<Element>;
+#pragma unroll
+      for (int i = 0; i < kRun; i += 2) {
+        reinterpret_cast<uint32_t*>(to)[i / 2] = Out::pack(values[i], values[i + 1]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        int out = 0;
+        if (has_key && channel + i < p_.head_dim) {
+          const int64_t at = static_cast<int64_t>(block_.head) * p_.head_dim + channel + i;
+          out = quantise_output(p_.quant, values[i], at);
+        }
+        to[i] = static_cast<char>(out);
+      }
+    }
+  }
+
+  template <int kOutBytes>
+  __device__ void copy(bool second) const {
+    constexpr int kChunks = T::kHeadDim * kOutBytes / kChunkBytes;
+    char* out = p_.out.data + block_.b * p_.out.batch + block_.head * p_.out.head +
+                sequence_.row_begin * p_.out.row;
+    const int rows = static_cast<int>(clamp64(p_.seqlen_q - sequence_.row_begin, 0, T::kBlockM));
+    const int row_bytes = p_.head_dim * kOutBytes;
+#pragma unroll 1
+    for (int index = thread_; index < rows * kChunks; index += T::kThreads) {
+      const int row = index / kChunks, byte = index % kChunks * kChunkBytes;
+      if (byte >= row_bytes || (second && !is_number(row))) continue;
+      const char* from = shared_ + chunk_offset<kChunks>(row, index % kChunks);
+      char* to = out + row * p_.out.row + byte;
+      if (p_.out.vectorised) {
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+        continue;
+      }
+#pragma unroll 1
+      for (int i = 0; i < min(kChunkBytes, row_bytes - byte); i += kOutBytes) {
+        if constexpr (kOutBytes == 2) {
+          *reinterpret_cast<uint16_t*>(to + i) = *reinterpret_cast<const uint16_t*>(from + i);
+        } else {
+          to[i] = from[i];
+        }
+      }
+    }
+  }
+
+  // Rows beyond the valid length are not stored: combine.cu does not read them.
+  __device__ void store_split(const Mainloop<T>& mainloop, bool second) const {
+    const float unit = kIsInteger ? read_scale(p_.quant.descale_o) : 1.0f;
+#pragma unroll
+    for (int m = 0; m < T::kMmaM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = row_of(m, r);
+        const float sum = mainloop.softmax.row_sum[m][r];
+        if (row >= sequence_.rows || (second && sum != sum)) continue;
+        const int64_t at = ((block_.b * p_.num_heads + block_.head) * p_.seqlen_q +
+                            sequence_.row_begin + row) * p_.split.count + block_.split;
+        if (lane() % 4 == 0) p_.split.stats[at] = make_float2(mainloop.softmax.row_max[m][r], sum);
+#pragma unroll
+        for (int run = 0; run < kRuns; ++run) {
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) {
+            const int channel = channel_of(run) + i;
+            if (channel >= p_.head_dim) continue;
+            p_.split.out[at * p_.head_dim + channel] = value_of(mainloop, m, r, run, i) * unit;
+          }
+        }
+      }
+    }
+  }
+
+  const Params& p_;
+  const BlockIndex& block_;
+  const Sequence& sequence_;
+  char* shared_;
+  int thread_;
+};
+
+}  // namespace pfa::cuda::sm80

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+// The online softmax of a warp's rows, in powers of two: p = 2^(s - max), with s = score * log2(e).
+//
+// A thread keeps two rows of each 16-row fragment (accumulator_row) and shares them with the three
+// other lanes of its quad. row_max is the same in all four; row_sum is the thread's own part until
+// finalise() adds them up. P is never rounded before it is summed.
+#pragma once
+
+#include "fragment.cuh"
+#include "sm80/ptx.cuh"
+
+namespace pfa::cuda {
+
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLog2e = 1.4426950408889634f;
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+template <int kMmaM>
+struct Softmax {
+  float row_max[kMmaM][2];
+  float row_sum[kMmaM][2];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        row_max[m][r] = -kInfinity;
+        row_sum[m][r] = 0.0f;
+      }
+    }
+  }
+
+  // The largest element of each row over the quad.
+  template <int kTiles>
+  __device__ static void tile_max(const float (&s)[kMmaM][kTiles][4], float (&most)[kMmaM][2]) {
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float x = fmaxf(s[m][0][2 * r], s[m][0][2 * r + 1]);
+#pragma unroll
+        for (int n = 1; n < kTiles; ++n) {
+          x = fmaxf(x, s[m][n][2 * r]);
+          x = fmaxf(x, s[m][n][2 * r + 1]);
+        }
+        most[m][r] = quad_max(x);
+      }
+    }
+  }
+
+  // Takes the maxima of a tile, in units of `scale`; returns what the sums so far are worth now.
+  // A row without a visible key keeps -inf, and subtracting it from itself would give NaN: base is
+  // 0 for such a row, so that every p is 2^-inf = 0.
+  __device__ void update_max(const float (&most)[kMmaM][2], float scale, float (&alpha)[kMmaM][2],
+                             float (&base)[kMmaM][2]) {
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float before = row_max[m][r];
+        const float now = fmaxf(before, most[m][r] * scale);
+        row_max[m][r] = now;
+        base[m][r] = now == -kInfinity ? 0.0f : now;
+        alpha[m][r] = ptx::exp2_approx(before - base[m][r]);
+        row_sum[m][r] *= alpha[m][r];
+      }
+    }
+  }
+
+  // s becomes p, and is added to the sums.
+  template <int kTiles>
+  __device__ void exponentiate(float (&s)[kMmaM][kTiles][4], float scale,
+                               const float (&base)[kMmaM][2]) {
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          s[m][n][e] = ptx::exp2_approx(fmaf(s[m][n][e], scale, -base[m][e / 2]));
+          row_sum[m][e / 2] += s[m][n][e];
+        }
+      }
+    }
+  }
+
+  __device__ void finalise() {
+#pragma unroll
+    for (int m = 0; m < kMmaM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) row_sum[m][r] = quad_sum(row_sum[m][r]);
+    }
+  }
+};
+
+}  // namespace pfa::cuda
