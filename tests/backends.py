@@ -47,27 +47,29 @@ class Simulator(Backend):
 
     name = "sim"
 
-    def plan(self, call: Call) -> reference.Plan:
+    def choice(self, call: Call) -> Any:
+        """What the library says it runs: pfa._library.CudaChoice."""
         import pfa
 
-        choice = pfa._library.cuda_choice(*call.args, **call.options)
+        return pfa._library.cuda_choice(*call.args, **call.options)
+
+    def plan(self, call: Call) -> reference.Plan:
+        choice = self.choice(call)
         return reference.Plan(choice.block_m, choice.block_n, choice.num_splits)
 
 
-class Gpu(Backend):
-    """Arguments go to the GPU as they are, result comes back."""
+class Gpu(Simulator):
+    """Arguments go to the GPU as they are, the result comes back."""
 
     name = "cuda"
 
     def operator(self) -> Callable[..., Tensor]:
         return OnGpu(super().operator())
 
-    def plan(self, call: Call) -> reference.Plan:
-        import pfa
-
+    def choice(self, call: Call) -> Any:
         args, options = to_gpu(call.args, call.options)
-        choice = pfa._library.cuda_choice(*args, **options)
-        return reference.Plan(choice.block_m, choice.block_n, choice.num_splits)
+        tensors = dict(zip(("query", "key", "value"), args, strict=True))
+        return super().choice(call.with_(**tensors, **options))
 
     def has_kernels(self) -> bool:
         import pfa
@@ -138,6 +140,14 @@ def select(name: str) -> None:
         os.environ.update(simulator_environment())
         # The loader knows a library by its name: pfa's then finds this one.
         ctypes.CDLL(str(simulator() / "libcudart.so.13"), mode=ctypes.RTLD_GLOBAL)
+
+
+def cpu_forward(call: Call) -> Tensor:
+    """The CPU kernels of the same library, whatever the backend under test."""
+    import pfa  # noqa: F401
+
+    with environment(PFA_FORCE_BACKEND="cpu"):
+        return torch.ops.pfa.forward(*call.args, **call.options)
 
 
 def simulator() -> pathlib.Path:

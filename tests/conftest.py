@@ -80,6 +80,17 @@ def on_cuda() -> backends.Backend:
     return backend
 
 
+@pytest.fixture(autouse=True)
+def _no_warnings_of_the_simulator(request: pytest.FixtureRequest) -> Iterator[None]:
+    if backends.current().name != "sim":
+        yield
+        return
+    output = request.getfixturevalue("capfd")
+    yield
+    text = output.readouterr().err
+    assert "cudasim" not in text, text
+
+
 @pytest.fixture(scope="module")
 def one_split() -> Iterator[None]:
     """A row's bits then do not depend on the rest of the call."""

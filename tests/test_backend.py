@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend a call goes to, and what is said where that one cannot serve it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends import environment
+
+import pfa
+
+OVERLOADS = ["pfa::forward", "pfa::forward.tensor_lens"]
+
+
+def call(**options: object) -> torch.Tensor:
+    x = torch.zeros(1, 4, 8, dtype=torch.float16)
+    return torch.ops.pfa.forward(x, x, x, **options)
+
+
+@pytest.mark.parametrize("name", OVERLOADS)
+@pytest.mark.parametrize("key", ["CPU", "CUDA"])
+def test_registered_in_every_build(name: str, key: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+@pytest.mark.parametrize("value", ["", "cpu"])
+def test_cpu_tensors_go_to_the_cpu(value: str) -> None:
+    with environment(PFA_FORCE_BACKEND=value):
+        assert call().device.type == "cpu"
+
+
+@pytest.mark.parametrize("value", ["gpu", "CPU", "cuda:0", " "])
+def test_unknown_backend(value: str) -> None:
+    with environment(PFA_FORCE_BACKEND=value):
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        assert str(caught.value) == f"PFA_FORCE_BACKEND must be cpu or cuda, got {value}"
+    call()  # read at every call
+
+
+def test_cuda_needs_memory_that_it_can_read() -> None:
+    """Only in the simulator and on a few machines is the CPU's such memory."""
+    with environment(PFA_FORCE_BACKEND="cuda"):
+        try:
+            call()
+        except RuntimeError as error:
+            assert "built without CUDA kernels" in str(error) or "needs tensors on a GPU" in str(
+                error
+            )
+        else:
+            assert torch.cuda.is_available()
+
+
+def test_cuda_choice_is_of_cuda_calls() -> None:
+    x = torch.zeros(1, 4, 8, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="needs tensors on a GPU, or PFA_FORCE_BACKEND=cuda"):
+        pfa._library.cuda_choice(x, x, x)
+    with pytest.raises(RuntimeError, match="num_heads must be positive|needs tensors on a GPU"):
+        pfa._library.cuda_choice(x, x, x, num_heads=0)
+
+
+def test_cuda_choice_takes_what_forward_takes() -> None:
+    forward, choice = torch.ops.pfa.forward, torch.ops.pfa._cuda_choice
+    for overload in ("default", "tensor_lens"):
+        schemas = [str(getattr(op, overload)._schema) for op in (forward, choice)]
+        assert schemas[0].split("(", 1)[1] == schemas[1].split("(", 1)[1]
