@@ -15,6 +15,8 @@ SIM_ARCHS ?= 8.0
 SIM_RUNTIME := build/cudasim/build/libcudart.so.13
 CUTLASS := third_party/cutlass
 PFA_CUTLASS_DIR ?= $(CUTLASS)
+NVCC = $(shell $(RUN) -c 'import runpy; \
+  home = runpy.run_path("pfa/_build.py")["find_cuda_home"](); print(home and home + "/bin/nvcc" or "")')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -74,13 +76,15 @@ test-sim: $(SIM_RUNTIME) $(SIM_LIBRARY)  ## run the CUDA kernels on the CPU (CUD
 
 third_party: $(CUTLASS)/LICENSE.txt  ## fetch what third_party/ pins: CuTe, for test-layouts
 
-test-layouts:  ## compare the fragment layouts of csrc/cuda with CuTe's
-	@if [ -d $(PFA_CUTLASS_DIR)/include/cute ]; then \
-	  mkdir -p build && $(CXX) -std=c++17 -O1 -w -I$(PFA_CUTLASS_DIR)/include \
-	    -I$${CUDA_HOME:-/usr/local/cuda}/include -x c++ tests/cuda/layout_test.cu \
-	    -o build/layout_test && ./build/layout_test; \
+test-layouts: $(INSTALLED)  ## compare the layouts of csrc/cuda with CuTe's, on the host
+	@if [ ! -d $(PFA_CUTLASS_DIR)/include/cute ]; then \
+	  echo "test-layouts: skipped, no $(PFA_CUTLASS_DIR)/include/cute: run make third_party"; \
+	elif [ -z "$(NVCC)" ]; then \
+	  echo "test-layouts: skipped, no nvcc"; \
 	else \
-	  echo "test-layouts: skipped, $(PFA_CUTLASS_DIR)/include/cute is missing: make third_party"; \
+	  mkdir -p build && $(NVCC) -std=c++17 -O1 -w --expt-relaxed-constexpr -arch=sm_80 \
+	    -I$(PFA_CUTLASS_DIR)/include tests/cuda/layout_test.cu -o build/layout_test && \
+	  ./build/layout_test; \
 	fi
 
 clean:  ## remove .venv and everything built
