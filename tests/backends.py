@@ -3,7 +3,7 @@
 
 cpu: the CPU kernels. cuda: the CUDA kernels on a GPU. sim: the CUDA kernels in a simulator that
 takes the place of libcudart and executes their PTX, on the CPU and in host memory; the environment
-variable CUDASIM names its folder, docs/design.md says where to find one.
+variable CUDASIM names the folder of its libcudart.so.13.
 """
 
 from __future__ import annotations
