@@ -70,9 +70,8 @@ sim: $(SIM_LIBRARY)  ## the library with PTX alone, for a simulator (SIM_ARCHS="
 cudasim: $(SIM_RUNTIME)  ## build the simulator whose sources are in CUDASIM=dir
 
 test-sim: $(SIM_RUNTIME) $(SIM_LIBRARY)  ## run the CUDA kernels on the CPU (CUDASIM=dir ARGS=...)
-	LD_LIBRARY_PATH=build/cudasim/build:$$LD_LIBRARY_PATH PFA_LIBRARY=$(SIM_LIBRARY) \
-	  PFA_FORCE_BACKEND=cuda CUDASIM_CC=$${CUDASIM_CC:-80} CUDASIM_NO_BOUNDS=1 \
-	  $(RUN) -m pytest -q $(or $(ARGS),tests/sim)
+	CUDASIM=build/cudasim CUDASIM_THREADS=1 PFA_LIBRARY=$(SIM_LIBRARY) \
+	  $(RUN) -m pytest -q --backend sim -n auto $(ARGS)
 
 third_party: $(CUTLASS)/LICENSE.txt  ## fetch what third_party/ pins: CuTe, for test-layouts
 
