@@ -132,8 +132,8 @@ def test_devices_with_little_shared_memory(sim):
             assert torch.equal(out, simulate([case], PFA_NUM_SPLITS="1")[0])
 
 
-# Twice what rounding inputs' products and the output gives.
-NMSE = {"bf16": 2.0**-15, "fp16": 2.0**-21, "int8": 2.0**-11}
+# Twice to four times what two roundings of the output, of P and of what plain sums lose give.
+NMSE = {"bf16": 2.0**-16, "fp16": 2.0**-22, "int8": 2.0**-12}
 
 
 @pytest.mark.parametrize("case", as_params(SMOKE))
@@ -141,9 +141,8 @@ def test_agrees_with_the_cpu(on_cuda, case):
     call, _ = prepared(case)
     want = backends.cpu_forward(call).double()
     got = on_cuda.operator()(*call.args, **call.options).double()
-    if call.dtype_out == torch.int8:  # one step where an output lies near a half
-        assert (got - want).abs().max() <= (2 if case.dtype == "int8" else 1)
-    assert ((got - want).square().sum() / want.square().sum()) < NMSE[case.dtype]
+    rounding = 2.0**-15 if call.dtype_out == torch.int8 else 0.0
+    assert (got - want).square().sum() <= want.square().sum() * (NMSE[case.dtype] + rounding)
 
 
 def lengths(batch: int, most: int, seed: int) -> list[int]:
