@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 
+import build_cuda
 import objects
 import ptxas
 import pytest
@@ -199,6 +200,12 @@ def test_cuda_library_exports_no_runtime() -> None:
     lines = listing("nm", "-D", "--defined-only", "-C", str(CUDA_LIBRARY))
     names = [line.split(maxsplit=2)[-1] for line in lines]
     assert [x for x in names if re.search(r"cuda|pfa::|forward_kernel", x)] == []
+
+
+@needs_cuda_library
+def test_cuda_build_is_within_budget() -> None:
+    figures = build_cuda.figures(CUDA_LIBRARY.parent)
+    assert [str(x) for x in figures if x.value > x.budget] == []
 
 
 LOG = """

@@ -7,9 +7,9 @@ compilers' output in build/cuda/build.log. With PFA_SIM_ARCH_LIST set the kernel
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
-import resource
 import runpy
 import shutil
 import subprocess
@@ -20,13 +20,13 @@ from collections import Counter
 import objects
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SIZE_BUDGET = 40 << 20  # bytes of the library
-RSS_BUDGET = 3 << 30  # bytes of one compiler process
+SIZE_BUDGET = 40  # MiB
+RSS_BUDGET = 3 << 10  # MiB
 KERNEL_BUDGET = 130  # per architecture
-SECONDS_BUDGET = 15 * 60
+SECONDS_BUDGET = 2 * 15 * 60  # a quarter of an hour on two cores
 
 
-def compile_library(folder: pathlib.Path) -> pathlib.Path:
+def compile_library(folder: pathlib.Path) -> None:
     build = runpy.run_path(str(ROOT / "pfa" / "_build.py"))
     nvcc = pathlib.Path(build["cuda_home_to_build_with"](True) or sys.exit(build["NVCC_MISSING"]))
     log = folder / "build.log"
@@ -45,45 +45,44 @@ def compile_library(folder: pathlib.Path) -> pathlib.Path:
         sys.exit("\n".join(tail) + f"\nbuilding {folder} failed; this is the end of {log}")
     # A new file, not new contents: a running process may have mapped the old one.
     shutil.copy2(folder / "lib" / "pfa" / "_C.abi3.so", folder / "_C.abi3.so.part")
-    return (folder / "_C.abi3.so.part").rename(folder / "_C.abi3.so")
+    (folder / "_C.abi3.so.part").rename(folder / "_C.abi3.so")
 
 
-def report(folder: pathlib.Path, library: pathlib.Path, seconds: float) -> list[str]:
-    """Print the figures and return those that exceed their budget."""
+@dataclasses.dataclass
+class Figure:
+    name: str
+    value: float
+    budget: float
+    unit: str
+
+    def __str__(self) -> str:
+        over = "" if self.value <= self.budget else "  OVER BUDGET"
+        return f"{self.name}: {self.value:.0f} {self.unit} (budget {self.budget:.0f}){over}"
+
+
+def figures(folder: pathlib.Path) -> list[Figure]:
+    """Return what the build in this folder costs, whether or not all of it was compiled now."""
     built = objects.read(folder)
     kernels = Counter(kernel.arch for x in built for kernel in x.kernels)
-    size = library.stat().st_size
-    peak = max(
-        [resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024]
-        + [x.peak_rss for x in built]
-    )
-    total = sum(x.seconds for x in built)
-    print(f"{library}: {size / 2**20:.1f} MiB (budget {SIZE_BUDGET >> 20})")
-    print(
-        f"wall time: {seconds:.0f} s; all {len(built)} .cu files: {total:.0f} s of nvcc "
-        f"(budget {SECONDS_BUDGET})"
-    )
-    for x in sorted(built, key=lambda x: -x.seconds)[:3]:
-        print(f"  {x.source}: {x.seconds:.0f} s, {x.peak_rss / 2**20:.0f} MiB")
-    print(f"largest compiler process: {peak / 2**20:.0f} MiB (budget {RSS_BUDGET >> 20})")
-    for arch, count in sorted(kernels.items()):
-        print(f"{arch}: {count} kernels (budget {KERNEL_BUDGET})")
-    exceeded = {
-        "library size": size > SIZE_BUDGET,
-        "wall time": seconds > SECONDS_BUDGET,
-        "compiler memory": peak > RSS_BUDGET,
-        "number of kernels": max(kernels.values(), default=0) > KERNEL_BUDGET,
-    }
-    return [name for name, over in exceeded.items() if over]
+    return [
+        Figure("library", (folder / "_C.abi3.so").stat().st_size / 2**20, SIZE_BUDGET, "MiB"),
+        Figure("processor time of nvcc", sum(x.seconds for x in built), SECONDS_BUDGET, "s"),
+        Figure(
+            "largest compiler process", max(x.peak_rss for x in built) / 2**20, RSS_BUDGET, "MiB"
+        ),
+        *(Figure(f"kernels for {arch}", n, KERNEL_BUDGET, "") for arch, n in kernels.items()),
+    ]
 
 
 def main() -> None:
     folder = pathlib.Path(sys.argv[1]).resolve()
     started = time.monotonic()
-    library = compile_library(folder)
-    exceeded = report(folder, library, time.monotonic() - started)
-    if exceeded:
-        sys.exit(f"over budget: {', '.join(exceeded)}")
+    compile_library(folder)
+    print(f"wall time of this build: {time.monotonic() - started:.0f} s")
+    for figure in figures(folder):
+        print(figure)
+    for x in sorted(objects.read(folder), key=lambda x: -x.seconds)[:3]:
+        print(f"  {x.source}: {x.seconds:.0f} s, {x.peak_rss / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Object:
     """One compiled .cu file."""
 
     source: str
-    seconds: float
+    seconds: float  # of processor time
     peak_rss: int
     kernels: list[Kernel]
     warnings: list[str]
