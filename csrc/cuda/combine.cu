@@ -52,9 +52,8 @@ __global__ void combine_kernel(const __grid_constant__ Params p) {
   float2 stats = make_float2(-kInfinity, 0.0f);
   if (valid && lane < p.split.count) stats = p.split.stats[row * p.split.count + lane];
   const float most = warp_max(stats.x);
-  const float weight = stats.x == -kInfinity && stats.y == 0.0f
-                           ? 0.0f
-                           : ptx::exp2_approx(stats.x - (most == -kInfinity ? 0.0f : most));
+  const float base = most == -kInfinity ? 0.0f : most;
+  const float weight = ptx::exp2_approx((stats.x - base) * score_unit(p));
   const float sum = warp_sum(weight * stats.y);
   const bool has_key = valid && sum != 0.0f;
   const float share = has_key ? weight / sum : 0.0f;

@@ -261,8 +261,7 @@ class Launcher {
     split.count = plan_.num_splits;
     const int64_t parts =
         problem_.batch * problem_.num_heads * problem_.seqlen_q * plan_.num_splits;
-    split.out =
-        static_cast<float*>(allocate(parts * problem_.head_dim * int64_t{sizeof(float)}));
+    split.out = static_cast<float*>(allocate(parts * problem_.head_dim * int64_t{sizeof(float)}));
     split.stats = static_cast<float2*>(allocate(parts * int64_t{sizeof(float2)}));
     return split;
   }

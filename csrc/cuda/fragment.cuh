@@ -18,8 +18,8 @@
 namespace pfa::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kChunkBytes = 16;      // unit of shared memory addressing
-constexpr int kMaskRows = 16;        // rows and keys of one cell of the packed mask
+constexpr int kChunkBytes = 16;  // unit of shared memory addressing
+constexpr int kMaskRows = 16;    // rows and keys of one cell of the packed mask
 constexpr int kMaskKeys = 64;
 
 PFA_HOST_DEVICE constexpr int accumulator_row(int lane, int element) {
@@ -34,7 +34,9 @@ PFA_HOST_DEVICE constexpr int bit_of(int n_tile, int element) { return 4 * n_til
 
 // Bits of a chunk index that the swizzle of a row of kChunks chunks changes.
 template <int kChunks>
-constexpr int kSwizzleMask = kChunks % 8 == 0 ? 7 : kChunks % 4 == 0 ? 3 : 1;
+constexpr int kSwizzleMask = kChunks % 8 == 0   ? 7
+                             : kChunks % 4 == 0 ? 3
+                                                : 1;
 
 // XOR of the chunk index, so that ldmatrix, which reads one chunk of eight consecutive rows,
 // touches all banks once. Rows of 8 chunks cover the banks by themselves; shorter and odd multiples
@@ -42,7 +44,9 @@ constexpr int kSwizzleMask = kChunks % 8 == 0 ? 7 : kChunks % 4 == 0 ? 3 : 1;
 template <int kChunks>
 PFA_HOST_DEVICE constexpr int swizzle_of_row(int row) {
   static_assert(kChunks % 2 == 0, "a row must have an even number of chunks");
-  return (kSwizzleMask<kChunks> == 7 ? row : kSwizzleMask<kChunks> == 3 ? row >> 1 : row >> 2) &
+  return (kSwizzleMask<kChunks> == 7   ? row
+          : kSwizzleMask<kChunks> == 3 ? row >> 1
+                                       : row >> 2) &
          kSwizzleMask<kChunks>;
 }
 
@@ -72,7 +76,9 @@ struct LaneAddress {
   int row, chunk;
 };
 // A operand, 16 rows x 2 chunks; also two 8-column tiles of a 16-bit B operand read transposed.
-PFA_HOST_DEVICE constexpr LaneAddress lane_address_rows16(int lane) { return {lane & 15, lane >> 4}; }
+PFA_HOST_DEVICE constexpr LaneAddress lane_address_rows16(int lane) {
+  return {lane & 15, lane >> 4};
+}
 // B operands of two n-tiles stored with n as rows: 16 rows x 2 chunks.
 PFA_HOST_DEVICE constexpr LaneAddress lane_address_pair(int lane) {
   return {(lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1};

@@ -15,7 +15,7 @@ constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
 
 // The kernels of one (element, head_dim bucket): which tile a variant has, and how it is launched.
 struct Variant {
-  bool dense = false;    // a packed mask
+  bool dense = false;  // a packed mask
   bool bias = false;
   bool compact = false;  // see sm80/config.cuh: tile_of
 };

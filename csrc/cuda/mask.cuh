@@ -70,9 +70,7 @@ struct Dense {
       return n < range_.full_begin || n >= range_.full_end;
     }
     // Of the tile that first or after returned last, or of the one before if that is in its window.
-    [[nodiscard]] __device__ bool has_bits(int n) const {
-      return classes_[n] == kPartial;
-    }
+    [[nodiscard]] __device__ bool has_bits(int n) const { return classes_[n] == kPartial; }
 
    private:
     // The first tile from n on that is not empty.

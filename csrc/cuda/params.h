@@ -54,8 +54,9 @@ struct BiasParams {
 // A block writes its unnormalised output here when its keys are cut into several splits.
 struct SplitParams {
   int count = 1;
-  float* out = nullptr;    // (batch * num_heads * seqlen_q, count, head_dim), fp32
-  float2* stats = nullptr; // (batch * num_heads * seqlen_q, count): row maximum (log2) and sum
+  float* out = nullptr;  // (batch * num_heads * seqlen_q, count, head_dim), fp32
+  float2* stats =
+      nullptr;  // (batch * num_heads * seqlen_q, count): row maximum (of scores) and sum
 };
 
 struct Params {
@@ -76,9 +77,9 @@ struct Params {
   LengthsParams seqused_q, seqused_k;
   SplitParams split;
   int64_t num_m_blocks = 0;
-  int64_t first_block = 0;      // added to blockIdx.x: a grid has at most 2^31 - 1 blocks
-  bool longest_first = false;   // the last rows see most keys
-  bool batch_innermost = false; // neighbours share the bias of a head instead of its keys
+  int64_t first_block = 0;       // added to blockIdx.x: a grid has at most 2^31 - 1 blocks
+  bool longest_first = false;    // the last rows see most keys
+  bool batch_innermost = false;  // neighbours share the bias of a head instead of its keys
 };
 
 }  // namespace pfa::cuda

@@ -30,6 +30,20 @@ __device__ __forceinline__ float read_scale(const Scale& scale, int64_t channel 
   }
 }
 
+// Factor of a sum of products in q k^T.
+__device__ __forceinline__ float real_scale(const Params& p) {
+  return p.quant.descale_s.given() ? p.softmax_scale * read_scale(p.quant.descale_s)
+                                   : p.softmax_scale;
+}
+
+// What one unit of a score is worth in powers of two: scores with a bias are real, others are sums
+// of positive scale. A scale of zero becomes the smallest float, with which -inf remains -inf.
+__device__ __forceinline__ float score_unit(const Params& p) {
+  constexpr float kLog2e = 1.4426950408889634f, kSmallest = 1.4e-45f;
+  if (p.bias.data != nullptr) return kLog2e;
+  return fmaxf(fabsf(real_scale(p)) * kLog2e, kSmallest);
+}
+
 // out * scale + offset, half to even, saturated; NaN is -128.
 __device__ __forceinline__ int quantise_output(const Quant& quant, float out, int64_t channel) {
   const float offset = quant.offset_out.given() ? read_scale(quant.offset_out, channel) : 0;

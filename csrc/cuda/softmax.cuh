@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The online softmax of a warp's rows, in powers of two: p = 2^(s - max), with s = score * log2(e).
+// The online softmax of a warp's rows, in powers of two: p = 2^((s - max) * unit).
 //
+// Scores stay in the unit in which they were computed, whose worth in powers of two is `unit` > 0.
 // A thread keeps two rows of each 16-row fragment (accumulator_row) and shares them with the three
 // other lanes of its quad. row_max is the same in all four; row_sum is the thread's own part until
 // finalise() adds them up. P is never rounded before it is summed.
@@ -12,7 +13,6 @@
 namespace pfa::cuda {
 
 constexpr float kInfinity = __builtin_huge_valf();
-constexpr float kLog2e = 1.4426950408889634f;
 
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
@@ -58,37 +58,45 @@ struct Softmax {
     }
   }
 
-  // Takes the maxima of a tile, in units of `scale`; returns what the sums so far are worth now.
-  // A row without a visible key keeps -inf, and subtracting it from itself would give NaN: base is
-  // 0 for such a row, so that every p is 2^-inf = 0.
-  __device__ void update_max(const float (&most)[kMmaM][2], float scale, float (&alpha)[kMmaM][2],
+  // Takes the maxima of a tile; returns what the sums so far are worth now. A row without a visible
+  // key keeps -inf, and subtracting it from itself would give NaN: base is 0 for such a row, so
+  // that every p is 2^-inf = 0.
+  __device__ void update_max(const float (&most)[kMmaM][2], float unit, float (&alpha)[kMmaM][2],
                              float (&base)[kMmaM][2]) {
 #pragma unroll
     for (int m = 0; m < kMmaM; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float before = row_max[m][r];
-        const float now = fmaxf(before, most[m][r] * scale);
-        row_max[m][r] = now;
-        base[m][r] = now == -kInfinity ? 0.0f : now;
-        alpha[m][r] = ptx::exp2_approx(before - base[m][r]);
+        row_max[m][r] = fmaxf(before, most[m][r]);
+        base[m][r] = row_max[m][r] == -kInfinity ? 0.0f : row_max[m][r];
+        alpha[m][r] = ptx::exp2_approx((before - base[m][r]) * unit);
         row_sum[m][r] *= alpha[m][r];
       }
     }
   }
 
   // s becomes p, and is added to the sums.
-  template <int kTiles>
-  __device__ void exponentiate(float (&s)[kMmaM][kTiles][4], float scale,
+  //
+  // kExact subtracts before it multiplies, at one more instruction: integer scores in the millions
+  // keep their differences, and a bias of the lowest finite float does not overflow.
+  template <bool kExact, int kTiles>
+  __device__ void exponentiate(float (&s)[kMmaM][kTiles][4], float unit,
                                const float (&base)[kMmaM][2]) {
 #pragma unroll
     for (int m = 0; m < kMmaM; ++m) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int r = 0; r < 2; ++r) {
+        const float offset = -base[m][r] * unit;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          s[m][n][e] = ptx::exp2_approx(fmaf(s[m][n][e], scale, -base[m][e / 2]));
-          row_sum[m][e / 2] += s[m][n][e];
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int e = 2 * r; e < 2 * r + 2; ++e) {
+            const float exponent =
+                kExact ? (s[m][n][e] - base[m][r]) * unit : fmaf(s[m][n][e], unit, offset);
+            s[m][n][e] = ptx::exp2_approx(exponent);
+            row_sum[m][r] += s[m][n][e];
+          }
         }
       }
     }

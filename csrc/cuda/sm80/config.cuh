@@ -12,11 +12,11 @@
 namespace pfa::cuda::sm80 {
 
 struct Tile {
-  int block_m;          // query rows of a block
-  int block_n;          // keys of a tile
-  int warps_m;          // warps along the rows
-  int warps_n;          // 2: a pair of warps shares rows, halving keys of S and columns of O
-  int blocks_per_sm;    // that registers are budgeted for
+  int block_m;        // query rows of a block
+  int block_n;        // keys of a tile
+  int warps_m;        // warps along the rows
+  int warps_n;        // 2: a pair of warps shares rows, halving keys of S and columns of O
+  int blocks_per_sm;  // that registers are budgeted for
   [[nodiscard]] constexpr int threads() const { return warps_m * warps_n * kWarp; }
 };
 
@@ -33,7 +33,8 @@ PFA_HOST_DEVICE constexpr Tile tile_of(int element_bytes, int head_dim, bool has
   }
   if (head_dim <= 192) return has_bias ? Tile{128, 32, 8, 1, 1} : Tile{128, 64, 8, 1, 1};
   if (head_dim <= 256) return has_bias ? Tile{64, 32, 4, 1, 2} : Tile{128, 32, 8, 1, 1};
-  return compact ? Tile{32, 32, 2, 2, 1} : Tile{64, 32, 4, 2, 1};
+  if (!compact) return {64, 32, 4, 2, 1};
+  return has_bias && head_dim > 384 ? Tile{16, 32, 1, 2, 1} : Tile{32, 32, 2, 2, 1};
 }
 
 template <class Element_, int kHeadDim_, class Mask_, bool kHasBias_, bool kCompact_>
@@ -56,9 +57,9 @@ struct Traits {
   static constexpr int kWarpsM = kTile.warps_m;
   static constexpr int kWarpsN = kTile.warps_n;
   static constexpr int kThreads = kTile.threads();
-  static constexpr int kMmaM = kBlockM / (16 * kWarpsM);     // 16-row fragments of a warp
-  static constexpr int kTilesS = kBlockN / (8 * kWarpsN);    // 8-key accumulators of a warp
-  static constexpr int kTilesO = kHeadDim / (8 * kWarpsN);   // 8-channel accumulators of a warp
+  static constexpr int kMmaM = kBlockM / (16 * kWarpsM);    // 16-row fragments of a warp
+  static constexpr int kTilesS = kBlockN / (8 * kWarpsN);   // 8-key accumulators of a warp
+  static constexpr int kTilesO = kHeadDim / (8 * kWarpsN);  // 8-channel accumulators of a warp
 
   static constexpr int kRowChunks = kHeadDim * Element::kBytes / kChunkBytes;  // of q, k and v
   static constexpr int kProbabilityChunks = kBlockN * Element::kBytes / kChunkBytes;
@@ -70,8 +71,7 @@ struct Traits {
   static constexpr int kV = kK + kBlockN * kRowChunks * kChunkBytes;
   static constexpr int kBias = kV + kBlockN * kRowChunks * kChunkBytes;
   static constexpr int kP = kBias + (kHasBias ? kBlockM * kBiasChunks * kChunkBytes : 0);
-  static constexpr int kStats =
-      kP + (kWarpsN > 1 ? kBlockM * kProbabilityChunks * kChunkBytes : 0);
+  static constexpr int kStats = kP + (kWarpsN > 1 ? kBlockM * kProbabilityChunks * kChunkBytes : 0);
   static constexpr int kSharedBytes = kStats + kWarpsN * kBlockM * int{sizeof(float)};
   // The epilogue stages 16-bit output rows where q, k and v were.
   static_assert(kBlockM * kHeadDim * 2 <= kBias);

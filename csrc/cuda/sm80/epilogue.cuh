@@ -22,7 +22,7 @@ class Epilogue {
   __device__ static void store(const Params& p, const BlockIndex& block, const Sequence& sequence,
                                Mainloop<T>& mainloop, char* shared, bool second) {
     const Epilogue epilogue(p, block, sequence, shared);
-    float(&sums)[T::kMmaM][2] = mainloop.softmax.row_sum;
+    float (&sums)[T::kMmaM][2] = mainloop.softmax.row_sum;
     mainloop.softmax.finalise();
     __syncthreads();  // nobody reads shared memory any more
     epilogue.exchange(sums);
@@ -177,8 +177,10 @@ class Epilogue {
         const int row = row_of(m, r);
         const float sum = mainloop.softmax.row_sum[m][r];
         if (row >= sequence_.rows || (second && sum != sum)) continue;
-        const int64_t at = ((block_.b * p_.num_heads + block_.head) * p_.seqlen_q +
-                            sequence_.row_begin + row) * p_.split.count + block_.split;
+        const int64_t at =
+            ((block_.b * p_.num_heads + block_.head) * p_.seqlen_q + sequence_.row_begin + row) *
+                p_.split.count +
+            block_.split;
         if (lane() % 4 == 0) p_.split.stats[at] = make_float2(mainloop.softmax.row_max[m][r], sum);
 #pragma unroll
         for (int run = 0; run < kRuns; ++run) {

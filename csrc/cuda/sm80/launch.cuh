@@ -21,7 +21,8 @@ auto with_traits(const Variant& variant, const Visit& visit) {
     return visit(Traits<Element, kHeadDim, mask::Band, kBias, kCompact>{});
   };
   const auto with_bias = [&](auto compact) {
-    return variant.bias ? with_mask(compact, std::true_type{}) : with_mask(compact, std::false_type{});
+    return variant.bias ? with_mask(compact, std::true_type{})
+                        : with_mask(compact, std::false_type{});
   };
   if constexpr (kHasCompact) {
     if (variant.compact) return with_bias(std::true_type{});
@@ -82,9 +83,9 @@ void launch(const Variant& variant, const Params& params, int64_t blocks, int de
 }  // namespace pfa::cuda::sm80
 
 // NOTE: a function template is instantiated explicitly once for all uses of its name in launch.h.
-#define PFA_INSTANTIATE_SM80(Element, kHeadDim)                                                  \
-  template pfa::cuda::KernelInfo pfa::cuda::sm80::info<pfa::cuda::Element, kHeadDim>(            \
-      const Variant&);                                                                           \
+#define PFA_INSTANTIATE_SM80(Element, kHeadDim)                                                   \
+  template pfa::cuda::KernelInfo pfa::cuda::sm80::info<pfa::cuda::Element, kHeadDim>(             \
+      const Variant&);                                                                            \
   template int pfa::cuda::sm80::blocks_per_sm<pfa::cuda::Element, kHeadDim>(const Variant&, int); \
-  template void pfa::cuda::sm80::launch<pfa::cuda::Element, kHeadDim>(                           \
+  template void pfa::cuda::sm80::launch<pfa::cuda::Element, kHeadDim>(                            \
       const Variant&, const Params&, int64_t, int, cudaStream_t);

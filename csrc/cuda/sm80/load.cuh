@@ -67,9 +67,8 @@ struct TileCopy {
 #pragma unroll
       for (int at = 0; at < kChunkBytes; at += kElementBytes) {
         if (at >= bytes) continue;
-        const uint32_t bits = kElementBytes == 1
-                                  ? *reinterpret_cast<const uint8_t*>(from + at)
-                                  : *reinterpret_cast<const uint16_t*>(from + at);
+        const uint32_t bits = kElementBytes == 1 ? *reinterpret_cast<const uint8_t*>(from + at)
+                                                 : *reinterpret_cast<const uint16_t*>(from + at);
         words[at / 4] |= bits << (at % 4 * 8);
       }
       *reinterpret_cast<uint4*>(shared + chunk_offset<kChunks>(row, chunk)) =
