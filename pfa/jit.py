@@ -14,6 +14,7 @@ import torch
 from torch.utils import cpp_extension
 
 from . import _build, _library
+from ._version import __version__
 
 __all__ = ["load", "sources"]
 
@@ -38,8 +39,8 @@ def load(*, build_directory: str | None = None, verbose: bool = False) -> str:
     Parameters
     ----------
     build_directory : str, optional
-        Where objects and library go; torch's own folder for extensions (``TORCH_EXTENSIONS_DIR``)
-        if not given.
+        Where objects and library go. By default a folder for this version of pfa and torch, in
+        torch's folder for extensions (``TORCH_EXTENSIONS_DIR``).
     verbose : bool
         Show what the compilers say.
 
@@ -57,7 +58,7 @@ def load(*, build_directory: str | None = None, verbose: bool = False) -> str:
     --------
     >>> import pfa.jit  # with PFA_LIBRARY=none in the environment, or in a checkout without build
     >>> pfa.jit.load()  # doctest: +SKIP
-    '/root/.cache/torch_extensions/py312_cu130/pfa_jit/pfa_jit.so'
+    '/home/me/.cache/torch_extensions/pfa-0.1.0-torch-2.11.0+cu130/pfa_jit.so'
     """
     if _library.load_error is None:
         raise RuntimeError(
@@ -66,7 +67,7 @@ def load(*, build_directory: str | None = None, verbose: bool = False) -> str:
         )
     with _tools_on_path():
         cuda_home = _check_tools()
-        path = _compile(cuda_home, build_directory, verbose)
+        path = _compile(cuda_home, build_directory or _default_directory(), verbose)
     _library.path, _library.load_error = path, None
     from . import _fake  # noqa: F401  (registers the operator's shape rule)
 
@@ -101,17 +102,25 @@ def _check_tools() -> str | None:
     return cuda_home
 
 
-def _compile(cuda_home: str | None, build_directory: str | None, verbose: bool) -> pathlib.Path:
+def _default_directory() -> str:
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    root = root or cpp_extension.get_default_build_root()
+    return os.path.join(root, f"pfa-{__version__}-torch-{torch.__version__}")
+
+
+def _compile(cuda_home: str | None, build_directory: str, verbose: bool) -> pathlib.Path:
+    os.makedirs(build_directory, exist_ok=True)
     cxx_flags, nvcc_flags, link_flags = list(_build.CXX_FLAGS), [], []
     include_paths = []
     if cuda_home is not None:
-        cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME or cuda_home
+        cpp_extension.CUDA_HOME = cuda_home
         cxx_flags += _build.CXX_CUDA_FLAGS
-        nvcc_flags = _build.nvcc_flags(_arch_list())
-        link_flags = _build.cuda_link_flags(cuda_home)
+        nvcc_flags = _build.nvcc_flags(_archs_present())
+        link_flags = _build.cuda_link_flags(cuda_home) + [f"-L{build_directory}"]
         include_paths = [f"{cuda_home}/include"]
-    if build_directory is not None:
-        os.makedirs(build_directory, exist_ok=True)
+        # cpp_extension asks for a shared runtime as well, which pip's toolkit does not have under
+        # this name. An empty linker script will do: the static one comes first.
+        pathlib.Path(build_directory, "libcudart.so").write_text("/* empty */\n")
     path = cpp_extension.load(
         "pfa_jit",
         [str(source) for source in _build.sources(cuda_home is not None)],
@@ -126,7 +135,7 @@ def _compile(cuda_home: str | None, build_directory: str | None, verbose: bool) 
     return pathlib.Path(path)
 
 
-def _arch_list() -> str:
+def _archs_present() -> str:
     """Machine code for every GPU at hand, and PTX for later ones."""
     count = torch.cuda.device_count()
     capabilities = sorted({torch.cuda.get_device_capability(i) for i in range(count)})

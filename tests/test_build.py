@@ -59,10 +59,11 @@ def test_arch_list_is_checked(arch_list: str) -> None:
 
 
 def test_default_archs(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine_code_and_ptx = ["80,code=sm_80", "80,code=compute_80", "90,code=sm_90"]
+    machine_code_and_ptx = ["80,code=sm_80", "80,code=sm_90", "80,code=compute_80"]
     assert gencodes(_build.nvcc_flags()) == machine_code_and_ptx
+    assert gencodes(_build.nvcc_flags("8.6")) == ["86,code=sm_86"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9")
-    assert gencodes(_build.nvcc_flags()) == ["89,code=sm_89"]
+    assert gencodes(_build.nvcc_flags("8.6")) == ["89,code=sm_89"]
     monkeypatch.setenv("PFA_SIM_ARCH_LIST", "8.0 9.0a")
     assert gencodes(_build.nvcc_flags()) == ["80,code=compute_80", "90a,code=compute_90a"]
     assert "--no-compress" in _build.nvcc_flags()
