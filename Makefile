@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help demo test bench-cpu check lint format dev sanitize clean \
-  cuda ptxas sass sim cudasim test-sim third_party test-layouts
+  cuda ptxas sass sim cudasim test-sim third_party test-layouts have-nvcc
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):.*## /\1\t/' | expand -t 14
@@ -86,6 +86,9 @@ test-layouts: $(INSTALLED)  ## compare the layouts of csrc/cuda with CuTe's, on 
 	  ./build/layout_test; \
 	fi
 
+have-nvcc: $(INSTALLED)
+	@test -n "$(NVCC)"
+
 clean:  ## remove .venv and everything built
 	rm -rf .venv build dist *.egg-info pfa/*.so out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -106,7 +109,7 @@ $(INSTALLED): requirements-dev.txt requirements-model.txt constraints.txt
 $(BUILT): $(BUILD_FILES)
 	@mkdir -p build
 	@echo "building pfa/_C.abi3.so (log: build/build.log)"
-	@$(RUN) setup.py -q build_ext --inplace > build/build.log 2>&1 || { cat build/build.log; exit 1; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(RUN) setup.py -q build_ext --inplace > build/build.log 2>&1 || { cat build/build.log; exit 1; }
 	@touch $@
 
 # One library in build/cuda, then in pfa/ as well. The copy replaces the file: a process that runs

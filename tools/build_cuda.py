@@ -32,6 +32,7 @@ def compile_library(folder: pathlib.Path) -> None:
     log = folder / "build.log"
     environment = {
         **os.environ,
+        "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}",  # of ninja
         "FORCE_CUDA": "1",
         "PYTORCH_NVCC": f"{sys.executable} {ROOT}/tools/nvcc_log.py {nvcc}/bin/nvcc",
     }
