@@ -223,7 +223,12 @@ def test_ptxas_log_is_understood() -> None:
     (kernel,) = objects.parse(LOG)
     assert kernel == objects.Kernel("_ZN3pfa4cuda1fI1TEEvv", "sm_80", 255, 16, 20, 24, 512)
     assert objects.WARNING.search("ptxas info : (C7510) Potential Performance Loss: wgmma")
-    assert isinstance(ptxas.ALLOWED_BYTES, dict)
+
+
+def test_local_memory_is_allowed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ptxas, "ALLOWED", [("Float16, 256", 64, "because")])
+    assert ptxas.allowed_bytes("sm80::f<Traits<BFloat16, 256>>") == 64
+    assert ptxas.allowed_bytes("sm80::f<Traits<BFloat16, 128>>") == 0
 
 
 def test_names_are_shortened() -> None:

@@ -105,4 +105,4 @@ def shorten(signature: str) -> str:
     if text.endswith(")"):
         text = text[:end]
     text = re.sub(r"\((?:bool|int|unsigned int|long|pfa::[\w:]+)\)", "", text)
-    return re.sub(r"\bpfa::(?:cuda::)?", "", text)
+    return re.sub(r"\bpfa::(?:cuda::)?", "", text).replace("> >", ">>")
