@@ -14,8 +14,8 @@ import sys
 
 import objects
 
-# Local memory (spill stores + loads, or the stack of an indexed array) that kernels may use: pattern
-# of the name as printed, bytes, reason. Others may use none.
+# Local memory (spill stores + loads, or the stack of an indexed array) that kernels may use: a
+# pattern of the name as printed, bytes, reason. Others may use none.
 ALLOWED: list[tuple[str, int, str]] = []
 
 
