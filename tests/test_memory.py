@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+pytestmark = pytest.mark.cpu
+
 LIMIT = 64 << 20  # bytes beyond inputs and output
 
 MEASURE = """

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import EDGE, SMOKE, as_params
 from compare import check, check_case, prepared
-from inputs import FAR, Call, Case, Mask, Pse
+from inputs import FAR, Call, Case, Mask, Pse, guarded_copy
 
 DTYPES = ["bf16", "fp16"]
 BAD = [math.nan, math.inf, -math.inf]
@@ -178,28 +178,8 @@ def test_guard_pages(forward):
         Case("fp16", 1, 1, sq=3, sk=3, dim=7, layout="BSH"),
     ):
         call, expected = prepared(case)
-        guarded = call.with_(**{n: _guarded(x) for n, x in call.tensors().items()})
+        guarded = call.with_(**{n: guarded_copy(x) for n, x in call.tensors().items()})
         check(run(forward, guarded), call, expected)
-
-
-def _guarded(x: torch.Tensor) -> torch.Tensor:
-    """A copy whose last byte is the last one of its mapping; the pages around it are closed."""
-    import ctypes
-    import mmap
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
-    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    page, size = mmap.PAGESIZE, x.numel() * x.element_size()
-    inner = -(-size // page) * page
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    base = libc.mmap(None, inner + 2 * page, 0, private, -1, 0)
-    assert libc.mprotect(base + page, inner, mmap.PROT_READ | mmap.PROT_WRITE) == 0
-    start = base + page + inner - size
-    memory = (ctypes.c_byte * size).from_address(start)
-    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel()).view(x.shape)
-    return copy.copy_(x)
 
 
 def test_far_apart_tokens_with_poison(forward):
