@@ -136,6 +136,7 @@ def nvcc_flags(present: str | None = None) -> list[str]:
         flags = [re.sub(r"code=sm_", "code=compute_", flag) for flag in archs] + ["--no-compress"]
     else:
         flags = arch_flags(arch_list) if arch_list else list(DEFAULT_ARCH_FLAGS)
+        flags.append("-Xfatbin=-compress-all")  # 0.5 instead of 1.7 MB for head_dim 64 of one type
     if os.environ.get("PFA_LINEINFO") == "1":
         flags.append("-lineinfo")
     threads = os.environ.get("PFA_NVCC_THREADS")
