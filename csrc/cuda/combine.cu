@@ -30,8 +30,8 @@ __device__ float warp_sum(float x) {
 __device__ void store_output(const Params& p, char* row, int channel, int head, float value,
                              bool has_key) {
   if (p.dtype_out == DType::kInt8) {
-    const int64_t at = static_cast<int64_t>(head) * p.head_dim + channel;
-    row[channel] = static_cast<char>(has_key ? quantise_output(p.quant, value, at) : 0);
+    const float2 scale = output_scale(p.quant, static_cast<int64_t>(head) * p.head_dim + channel);
+    row[channel] = static_cast<char>(has_key ? quantise_output(value, scale.x, scale.y) : 0);
   } else if (p.dtype_out == DType::kBFloat16) {
     reinterpret_cast<__nv_bfloat16*>(row)[channel] = __float2bfloat16_rn(value);
   } else {
@@ -58,7 +58,7 @@ __global__ void combine_kernel(const __grid_constant__ Params p) {
   const bool has_key = valid && sum != 0.0f;
   const float share = has_key ? weight / sum : 0.0f;
   char* out = p.out.data + b * p.out.batch + head * p.out.head + i * p.out.row;
-  const float* parts = p.split.out + row * p.split.count * p.head_dim;
+  const float* parts = p.split.out + row * p.split.count * p.split.channels;
   for (int first = 0; first < p.head_dim; first += kWarp) {
     const int channel = first + lane;
     float value = 0.0f;
@@ -66,7 +66,8 @@ __global__ void combine_kernel(const __grid_constant__ Params p) {
       const float factor = __shfl_sync(0xffffffffu, share, split);
       // A split without a visible key has weight 0 and may have seen a NaN in V.
       if (factor != 0.0f && channel < p.head_dim) {
-        value = fmaf(parts[static_cast<int64_t>(split) * p.head_dim + channel], factor, value);
+        value =
+            fmaf(parts[static_cast<int64_t>(split) * p.split.channels + channel], factor, value);
       }
     }
     if (channel < p.head_dim) store_output(p, out, channel, head, value, has_key);

@@ -259,9 +259,10 @@ class Launcher {
   [[nodiscard]] SplitParams split_params() const {
     SplitParams split;
     split.count = plan_.num_splits;
+    split.channels = plan_.kernels.head_dim;
     const int64_t parts =
         problem_.batch * problem_.num_heads * problem_.seqlen_q * plan_.num_splits;
-    split.out = static_cast<float*>(allocate(parts * problem_.head_dim * int64_t{sizeof(float)}));
+    split.out = static_cast<float*>(allocate(parts * split.channels * int64_t{sizeof(float)}));
     split.stats = static_cast<float2*>(allocate(parts * int64_t{sizeof(float2)}));
     return split;
   }

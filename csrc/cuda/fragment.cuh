@@ -89,7 +89,7 @@ PFA_HOST_DEVICE constexpr LaneAddress lane_address_rows32(int lane) { return {la
 #ifdef __CUDACC__
 // The same value, but the compiler cannot tell: what is computed from it inside a loop stays there
 // instead of occupying registers throughout.
-__device__ __forceinline__ int recomputed(int x) {
+__device__ __forceinline__ unsigned recomputed(unsigned x) {
   asm volatile("" : "+r"(x));
   return x;
 }

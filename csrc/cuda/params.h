@@ -51,12 +51,13 @@ struct BiasParams {
   bool vectorised = false;
 };
 
-// A block writes its unnormalised output here when its keys are cut into several splits.
+// A block writes its unnormalised output here when its keys are cut into several splits. Rows are
+// those of (batch, num_heads, seqlen_q).
 struct SplitParams {
   int count = 1;
-  float* out = nullptr;  // (batch * num_heads * seqlen_q, count, head_dim), fp32
-  float2* stats =
-      nullptr;  // (batch * num_heads * seqlen_q, count): row maximum (of scores) and sum
+  int channels = 0;         // of a row of out: the kernel's head_dim, whole vectors
+  float* out = nullptr;     // (row, count, channels)
+  float2* stats = nullptr;  // (row, count): maximum of the scores, and sum
 };
 
 struct Params {

@@ -44,11 +44,15 @@ __device__ __forceinline__ float score_unit(const Params& p) {
   return fmaxf(fabsf(real_scale(p)) * kLog2e, kSmallest);
 }
 
-// out * scale + offset, half to even, saturated; NaN is -128.
-__device__ __forceinline__ int quantise_output(const Quant& quant, float out, int64_t channel) {
-  const float offset = quant.offset_out.given() ? read_scale(quant.offset_out, channel) : 0;
-  const float scaled = fmaf(out, read_scale(quant.scale_out, channel), offset);
-  return __float2int_rn(fminf(fmaxf(scaled, -128.0f), 127.0f));
+// Scale and offset of an int8 output's channel.
+__device__ __forceinline__ float2 output_scale(const Quant& quant, int64_t channel) {
+  const float offset = quant.offset_out.given() ? read_scale(quant.offset_out, channel) : 0.0f;
+  return make_float2(read_scale(quant.scale_out, channel), offset);
+}
+
+// Half to even, saturated; NaN is -128.
+__device__ __forceinline__ int quantise_output(float out, float scale, float offset) {
+  return __float2int_rn(fminf(fmaxf(fmaf(out, scale, offset), -128.0f), 127.0f));
 }
 
 namespace quant {

@@ -20,19 +20,29 @@ struct Tile {
   [[nodiscard]] constexpr int threads() const { return warps_m * warps_n * kWarp; }
 };
 
-// The tile plan. Shared memory stays within the 99 KiB that every GPU since sm_86 offers, except
-// for 16-bit head_dim above 256, where `compact` plans for those and the other for sm_80 and sm_90.
-// 32 rows per warp halve the reads of K and V from shared memory, which bound 16-row warps on
-// sm_80; head_dim above 128 leaves registers for 16.
+// The tile plan. Warps of 16 rows leave registers for three or four blocks on an SM, whose softmax
+// and products fill each other's gaps; with a bias in shared memory beside them two larger blocks
+// do better. Predicted for an A100 at 8192 keys, full attention, in TFLOP/s or TOPS:
+//   fp16 D64:  64x64 x4 blocks 197, 128x64 x3 189      int8 D64:  64x128 x4 281, 64x64 x4 246
+//   fp16 D128: 64x64 x3 232, 64x128 x2 213, 128x64 x2 216; int8 D128: 64x128 x3 369, 64x64 x3 331
+//   fp16 D128 with a bias: 128x64 x2 205, 64x32 x3 193, 64x64 x2 167
+//   fp16 D192: 64x64 x2 207, 128x64 x1 199
+//   fp16 D256: 64x32 x2 200, 128x32 x1 188             int8 D256: 64x128 x2 396, 64x64 x2 327
+// Above 256, O no longer fits a warp's registers and a pair of warps shares it. Shared memory stays
+// within the 99 KiB of sm_86 and sm_89, but for 16-bit head_dim above 256, where `compact` plans
+// for those.
 PFA_HOST_DEVICE constexpr Tile tile_of(int element_bytes, int head_dim, bool has_bias,
                                        bool compact) {
-  if (head_dim <= 128) return {128, 64, 4, 1, 2};
   if (element_bytes == 1) {
-    if (head_dim <= 256) return {128, 64, 8, 1, 1};
+    if (head_dim <= 64) return {64, 128, 4, 1, 4};
+    if (head_dim <= 128) return {64, has_bias ? 64 : 128, 4, 1, 3};
+    if (head_dim <= 256) return {64, has_bias ? 64 : 128, 4, 1, 2};
     return {64, 32, 4, 2, 1};
   }
-  if (head_dim <= 192) return has_bias ? Tile{128, 32, 8, 1, 1} : Tile{128, 64, 8, 1, 1};
-  if (head_dim <= 256) return has_bias ? Tile{64, 32, 4, 1, 2} : Tile{128, 32, 8, 1, 1};
+  if (head_dim <= 64) return {64, 64, 4, 1, 4};
+  if (head_dim <= 128) return has_bias ? Tile{128, 64, 4, 1, 2} : Tile{64, 64, 4, 1, 3};
+  if (head_dim <= 192) return {64, has_bias ? 32 : 64, 4, 1, 2};
+  if (head_dim <= 256) return {64, 32, 4, 1, 2};
   if (!compact) return {64, 32, 4, 2, 1};
   return has_bias && head_dim > 384 ? Tile{16, 32, 1, 2, 1} : Tile{32, 32, 2, 2, 1};
 }

@@ -29,6 +29,8 @@ class Epilogue {
     if (p.split.count > 1) {
       epilogue.store_split(mainloop, second);
     } else if (p.dtype_out == DType::kInt8) {
+      epilogue.load_output_scales();
+      __syncthreads();
       epilogue.template stage<1>(mainloop);
       __syncthreads();
       epilogue.template copy<1>(second);
@@ -46,7 +48,7 @@ class Epilogue {
         block_(block),
         sequence_(sequence),
         shared_(shared),
-        thread_(recomputed(static_cast<int>(threadIdx.x))) {}
+        thread_(static_cast<int>(recomputed(threadIdx.x))) {}
 
   [[nodiscard]] __device__ int lane() const { return thread_ % kWarp; }
   [[nodiscard]] __device__ int warp_m() const { return thread_ / kWarp % T::kWarpsM; }
@@ -127,15 +129,27 @@ class Epilogue {
         reinterpret_cast<uint32_t*>(to)[i / 2] = Out::pack(values[i], values[i + 1]);
       }
     } else {
+      const float2* scales = output_scales() + channel;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        int out = 0;
-        if (has_key && channel + i < p_.head_dim) {
-          const int64_t at = static_cast<int64_t>(block_.head) * p_.head_dim + channel + i;
-          out = quantise_output(p_.quant, values[i], at);
-        }
-        to[i] = static_cast<char>(out);
+        const int out = quantise_output(values[i], scales[i].x, scales[i].y);
+        to[i] = static_cast<char>(has_key ? out : 0);
       }
+    }
+  }
+
+  // Scale and offset of the head's channels, behind the staged rows.
+  [[nodiscard]] __device__ float2* output_scales() const {
+    static_assert(T::kBlockM * T::kHeadDim + T::kHeadDim * int{sizeof(float2)} <= T::kBias);
+    return reinterpret_cast<float2*>(shared_ + T::kBlockM * T::kHeadDim);
+  }
+
+  __device__ void load_output_scales() const {
+    const int64_t first = static_cast<int64_t>(block_.head) * p_.head_dim;
+    for (int channel = thread_; channel < T::kHeadDim; channel += T::kThreads) {
+      const bool exists = channel < p_.head_dim;
+      output_scales()[channel] =
+          exists ? output_scale(p_.quant, first + channel) : make_float2(0.0f, 0.0f);
     }
   }
 
@@ -182,13 +196,14 @@ class Epilogue {
                 p_.split.count +
             block_.split;
         if (lane() % 4 == 0) p_.split.stats[at] = make_float2(mainloop.softmax.row_max[m][r], sum);
+        float* out = p_.split.out + at * T::kHeadDim;
 #pragma unroll
         for (int run = 0; run < kRuns; ++run) {
 #pragma unroll
-          for (int i = 0; i < kRun; ++i) {
-            const int channel = channel_of(run) + i;
-            if (channel >= p_.head_dim) continue;
-            p_.split.out[at * p_.head_dim + channel] = value_of(mainloop, m, r, run, i) * unit;
+          for (int i = 0; i < kRun; i += 2) {
+            *reinterpret_cast<float2*>(out + channel_of(run) + i) =
+                make_float2(value_of(mainloop, m, r, run, i) * unit,
+                            value_of(mainloop, m, r, run, i + 1) * unit);
           }
         }
       }

@@ -26,30 +26,33 @@ struct TileCopy {
 
   // Enqueues the copy; the caller commits and waits. A tensor that is not vectorised is copied
   // element by element before this returns.
-  __device__ __forceinline__ static void start(char* shared, const TileSource& source, int thread) {
-    if (source.vectorised) {
-      copy_chunks(ptx::shared_address(shared), source, thread);
-    } else {
+  __device__ __forceinline__ static void start(char* shared, const TileSource& source,
+                                               unsigned thread) {
+    if (!source.vectorised) {
       copy_elements(shared, source, thread);
+    } else if (source.rows >= kRows && source.bytes >= kChunks * kChunkBytes) {
+      copy_chunks<true>(ptx::shared_address(shared), source, thread);
+    } else {
+      copy_chunks<false>(ptx::shared_address(shared), source, thread);
     }
   }
 
  private:
+  template <bool kWhole>
   __device__ __forceinline__ static void copy_chunks(uint32_t shared, const TileSource& source,
-                                                     int thread) {
-    const int row0 = thread / kLanes, chunk0 = thread % kLanes;
+                                                     unsigned thread) {
+    const int row0 = static_cast<int>(thread / kLanes), chunk0 = static_cast<int>(thread % kLanes);
     const char* from = source.data + row0 * source.row_stride + chunk0 * kChunkBytes;
-    uint32_t to = shared + chunk_offset<kChunks>(row0, chunk0);
+    const uint32_t to = shared + chunk_offset<kChunks>(row0, chunk0);
 #pragma unroll
     for (int row = 0; row < kRows; row += kRowStep) {
       if (kRows % kRowStep == 0 || row0 + row < kRows) {
-        const bool exists = row0 + row < source.rows;
 #pragma unroll
         for (int j = 0; j < kChunks; j += kLanes) {
           const int left = source.bytes - (chunk0 + j) * kChunkBytes;
-          const int bytes = min(max(left, 0), kChunkBytes);
-          ptx::cp_async_16(to + row * kChunks * kChunkBytes + j * kChunkBytes,
-                           from + j * kChunkBytes, exists ? bytes : 0);
+          const bool exists = kWhole || row0 + row < source.rows;
+          const int bytes = kWhole ? kChunkBytes : exists ? min(max(left, 0), kChunkBytes) : 0;
+          ptx::cp_async_16(to + (row * kChunks + j) * kChunkBytes, from + j * kChunkBytes, bytes);
         }
       }
       from += kRowStep * source.row_stride;
@@ -57,10 +60,10 @@ struct TileCopy {
   }
 
   __device__ __forceinline__ static void copy_elements(char* shared, const TileSource& source,
-                                                       int thread) {
+                                                       unsigned thread) {
 #pragma unroll 1
-    for (int index = thread; index < kRows * kChunks; index += kThreads) {
-      const int row = index / kChunks, chunk = index % kChunks;
+    for (unsigned index = thread; index < kRows * kChunks; index += kThreads) {
+      const int row = static_cast<int>(index / kChunks), chunk = static_cast<int>(index % kChunks);
       const char* from = source.data + row * source.row_stride + chunk * kChunkBytes;
       const int bytes = row < source.rows ? source.bytes - chunk * kChunkBytes : 0;
       uint32_t words[kChunkBytes / 4] = {};

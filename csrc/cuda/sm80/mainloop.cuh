@@ -42,7 +42,11 @@ class Mainloop {
         sequence_(sequence),
         warp_{shared},
         scores_(params, warp_),
-        values_(params, warp_) {}
+        values_(params, warp_) {
+    const int head_k = block.head / params.heads_per_group;
+    k_ = params.k.data + block.b * params.k.batch + head_k * params.k.head;
+    v_ = params.v.data + block.b * params.v.batch + head_k * params.v.head;
+  }
 
   // Could a key that some row must not see have reached it through V?
   [[nodiscard]] __device__ bool has_nonfinite_output() const {
@@ -124,29 +128,31 @@ class Mainloop {
                  thread());
   }
 
-  __device__ TileSource keys_source(const StridedTensor& tensor, int n) const {
-    const int64_t key = static_cast<int64_t>(n) * kBlockN;
-    const char* data = tensor.data + block_.b * tensor.batch +
-                       (block_.head / p_.heads_per_group) * tensor.head + key * tensor.row;
-    const int keys = static_cast<int>(clamp64(sequence_.keys - key, 0, kBlockN));
-    return {data, tensor.row, keys, p_.head_dim * Element::kBytes, tensor.vectorised};
+  // Tile n of k or v, whose rows of this head start at data.
+  __device__ TileSource keys_source(const StridedTensor& tensor, const char* data, int n) const {
+    return {data + n * (kBlockN * tensor.row), tensor.row, keys_left(n),
+            p_.head_dim * Element::kBytes, tensor.vectorised};
+  }
+
+  [[nodiscard]] __device__ int keys_left(int n) const {
+    const int64_t left = sequence_.keys - static_cast<int64_t>(n) * kBlockN;
+    return left < kBlockN ? static_cast<int>(left) : kBlockN;
   }
 
   // The bias travels with K.
   __device__ void load_k(int n) {
-    CopyK::start(warp_.shared + T::kK, keys_source(p_.k, n), thread());
+    CopyK::start(warp_.shared + T::kK, keys_source(p_.k, k_, n), thread());
     if constexpr (T::kHasBias) {
-      const int64_t key = static_cast<int64_t>(n) * kBlockN;
       const char* data = p_.bias.data + block_.b * p_.bias.batch + block_.head * p_.bias.head +
-                         sequence_.row_begin * p_.bias.row + key * 2;
-      const int keys = static_cast<int>(clamp64(sequence_.keys - key, 0, kBlockN));
+                         sequence_.row_begin * p_.bias.row + static_cast<int64_t>(n) * kBlockN * 2;
       CopyBias::start(warp_.shared + T::kBias,
-                      {data, p_.bias.row, sequence_.rows, keys * 2, p_.bias.vectorised}, thread());
+                      {data, p_.bias.row, sequence_.rows, keys_left(n) * 2, p_.bias.vectorised},
+                      thread());
     }
   }
 
   __device__ void load_v(int n) {
-    CopyK::start(warp_.shared + T::kV, keys_source(p_.v, n), thread());
+    CopyK::start(warp_.shared + T::kV, keys_source(p_.v, v_, n), thread());
   }
 
   __device__ float* stats_of(int warp_n) const {
@@ -206,6 +212,8 @@ class Mainloop {
   const Params& p_;
   const BlockIndex& block_;
   const Sequence& sequence_;
+  const char* k_;
+  const char* v_;
   Warp<T> warp_;
   ScoreStep<T> scores_;
   ValueStep<T> values_;

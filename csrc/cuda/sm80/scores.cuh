@@ -96,7 +96,7 @@ class ScoreStep {
 
   __device__ void mask_band(Scores& s, const Sequence& sequence, const Band& band, int n) const {
     const int64_t tile_begin = static_cast<int64_t>(n) * T::kBlockN;
-    const int lane = recomputed(warp_.lane());
+    const int lane = static_cast<int>(recomputed(threadIdx.x) % kWarp);
     const int first_column = warp_.key() + accumulator_column(lane, 0);
 #pragma unroll
     for (int m = 0; m < kMmaM; ++m) {

@@ -15,11 +15,15 @@ struct Warp {
 
   char* shared;
 
-  [[nodiscard]] __device__ int index() const { return static_cast<int>(threadIdx.x) / kWarp; }
-  [[nodiscard]] __device__ int lane() const { return static_cast<int>(threadIdx.x) % kWarp; }
-  [[nodiscard]] __device__ int index_n() const { return T::kWarpsN > 1 ? index() / T::kWarpsM : 0; }
+  [[nodiscard]] __device__ int index() const { return static_cast<int>(threadIdx.x / kWarp); }
+  [[nodiscard]] __device__ int lane() const { return static_cast<int>(threadIdx.x % kWarp); }
+  [[nodiscard]] __device__ int index_n() const {
+    return T::kWarpsN > 1 ? static_cast<int>(threadIdx.x / (kWarp * T::kWarpsM)) : 0;
+  }
   // First row in the block, first key in the tile.
-  [[nodiscard]] __device__ int row() const { return index() % T::kWarpsM * (kMmaM * 16); }
+  [[nodiscard]] __device__ int row() const {
+    return static_cast<int>(threadIdx.x / kWarp % T::kWarpsM) * (kMmaM * 16);
+  }
   [[nodiscard]] __device__ int key() const { return index_n() * (kTilesS * 8); }
 
   template <int kChunks>

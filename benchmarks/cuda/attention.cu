@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+// One attention call without Python or torch: the target for profilers, sanitizers and simulators.
+//
+//   attention --dtype fp16 --batch 2 --heads 16 --seqlen 8192 --head-dim 128 --pattern causal
+//
+// prints one line of JSON with the median time, measured by CUDA events. Inputs are random, never
+// zeros: constant data draws less power and times better than it should.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/check.h"
+#include "../../csrc/cuda/forward.h"
+
+namespace {
+
+using pfa::DType;
+using pfa::cuda::check;
+
+struct Options {
+  std::map<std::string, std::string> values = {
+      {"dtype", "fp16"},   {"batch", "1"},      {"heads", "16"},
+      {"kv-heads", "0"},   {"seqlen", "1024"},  {"seqlen-k", "0"},
+      {"head-dim", "128"}, {"pattern", "full"}, {"repeat", "1"}};
+
+  static Options parse(int argc, char** argv) {
+    Options options;
+    for (int i = 1; i < argc; i += 2) {
+      const std::string name = std::strncmp(argv[i], "--", 2) == 0 ? argv[i] + 2 : "";
+      if (options.values.count(name) == 0 || i + 1 == argc) {
+        throw std::runtime_error(std::string("unknown option or missing value: ") + argv[i]);
+      }
+      options.values[name] = argv[i + 1];
+    }
+    return options;
+  }
+  [[nodiscard]] const std::string& text(const char* name) const { return values.at(name); }
+  [[nodiscard]] int64_t number(const char* name) const { return std::stoll(values.at(name)); }
+};
+
+// Device memory that lives until the end of the program.
+template <class T>
+T* allocate(int64_t count) {
+  void* data = nullptr;
+  check(cudaMalloc(&data, static_cast<size_t>(count) * sizeof(T)), "allocate device memory");
+  return static_cast<T*>(data);
+}
+
+void* allocate_workspace(int64_t bytes, void* context) {
+  auto& blocks = *static_cast<std::vector<void*>*>(context);
+  blocks.push_back(allocate<char>(bytes));
+  return blocks.back();
+}
+
+// A hash of the index: the same data everywhere.
+uint32_t scramble(uint64_t x) {
+  x = (x + 0x9e3779b97f4a7c15ull) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 29)) * 0x94d049bb133111ebull;
+  return static_cast<uint32_t>(x >> 32);
+}
+
+// About normal: the sum of four uniform bytes, scaled to a deviation of 1.
+float normal(uint64_t index) {
+  const uint32_t x = scramble(index);
+  const uint32_t sum = (x & 255) + (x >> 8 & 255) + (x >> 16 & 255) + (x >> 24);
+  return (static_cast<float>(sum) - 510.0f) / 147.8f;
+}
+
+void write_element(char* to, float x, DType dtype) {
+  if (dtype == DType::kInt8) {
+    *to = static_cast<char>(std::clamp(std::lround(x * 40), -127l, 127l));
+  } else if (dtype == DType::kBFloat16) {
+    const __nv_bfloat16 value(x);
+    std::memcpy(to, &value, sizeof(value));
+  } else {
+    const __half value(x);
+    std::memcpy(to, &value, sizeof(value));
+  }
+}
+
+// Normal values, with a period that no tile size divides: made on the host, where they cost no
+// kernel.
+void* random_tensor(int64_t count, DType dtype, uint64_t seed) {
+  constexpr int64_t kPeriod = (1 << 20) + 7;
+  const int64_t bytes = dtype == DType::kInt8 ? 1 : 2;
+  std::vector<char> host(static_cast<size_t>(std::min(kPeriod, count) * bytes));
+  for (size_t i = 0; i < host.size() / bytes; ++i) {
+    write_element(host.data() + i * bytes, normal(i + (seed << 40)), dtype);
+  }
+  char* data = allocate<char>(count * bytes);
+  for (int64_t at = 0; at < count * bytes; at += static_cast<int64_t>(host.size())) {
+    const size_t size = std::min(host.size(), static_cast<size_t>(count * bytes - at));
+    check(cudaMemcpy(data + at, host.data(), size, cudaMemcpyHostToDevice), "copy the inputs");
+  }
+  return data;
+}
+
+bool is_masked(const std::string& pattern, int64_t i, int64_t j, int64_t rows, int64_t keys) {
+  if (pattern == "random") return scramble(i * keys + j) % 10 == 0;
+  if (pattern == "causal-mask") return j > i;
+  return i * 8 / rows != j * 8 / keys;  // 8 blocks along the diagonal
+}
+
+const uint8_t* dense_mask(const std::string& pattern, int64_t rows, int64_t keys) {
+  std::vector<uint8_t> host(static_cast<size_t>(rows * keys));
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < keys; ++j) host[i * keys + j] = is_masked(pattern, i, j, rows, keys);
+  }
+  auto* data = allocate<uint8_t>(rows * keys);
+  check(cudaMemcpy(data, host.data(), host.size(), cudaMemcpyHostToDevice), "copy the mask");
+  return data;
+}
+
+pfa::Scale scale(float value) {
+  pfa::Scale scale;
+  scale.given_by_value = true;
+  scale.value = value;
+  return scale;
+}
+
+pfa::Problem make_problem(const Options& options) {
+  const std::map<std::string, DType> dtypes = {
+      {"fp16", DType::kFloat16}, {"bf16", DType::kBFloat16}, {"int8", DType::kInt8}};
+  pfa::Problem p;
+  p.dtype = dtypes.at(options.text("dtype"));
+  p.dtype_out = p.dtype == DType::kInt8 ? DType::kFloat16 : p.dtype;
+  p.batch = options.number("batch");
+  p.num_heads = options.number("heads");
+  p.num_heads_k = options.number("kv-heads") > 0 ? options.number("kv-heads") : p.num_heads;
+  p.seqlen_q = options.number("seqlen");
+  p.seqlen_k = options.number("seqlen-k") > 0 ? options.number("seqlen-k") : p.seqlen_q;
+  p.head_dim = options.number("head-dim");
+  p.softmax_scale = 1.0f / std::sqrt(static_cast<float>(p.head_dim));
+  const auto input = [&](int64_t heads, int64_t rows, uint64_t seed) {
+    const int64_t count = p.batch * heads * rows * p.head_dim;
+    return pfa::InputView{random_tensor(count, p.dtype, seed), heads * rows * p.head_dim,
+                          rows * p.head_dim, p.head_dim};
+  };
+  p.q = input(p.num_heads, p.seqlen_q, 1);
+  p.k = input(p.num_heads_k, p.seqlen_k, 2);
+  p.v = input(p.num_heads_k, p.seqlen_k, 3);
+  const int64_t outputs = p.batch * p.num_heads * p.seqlen_q * p.head_dim;
+  p.out = {allocate<char>(outputs * 2), p.q.batch, p.q.head, p.q.row};
+  if (p.dtype == DType::kInt8) {
+    p.quant.descale_s = scale(1.0f / (40 * 40));
+    p.quant.scale_p = scale(127.0f);
+    p.quant.descale_o = scale(1.0f / (40 * 127));
+  }
+  return p;
+}
+
+void apply_pattern(const std::string& pattern, pfa::Problem& p) {
+  if (pattern == "causal") {
+    p.band.hi = 0;
+  } else if (pattern == "bias") {
+    const int64_t count = p.num_heads * p.seqlen_q * p.seqlen_k;
+    p.bias.dtype = p.dtype == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
+    p.bias.data = random_tensor(count, p.bias.dtype, 4);
+    p.bias.head = p.seqlen_q * p.seqlen_k;
+    p.bias.row = p.seqlen_k;
+  } else if (pattern == "random" || pattern == "causal-mask" || pattern == "blocks") {
+    p.mask = {dense_mask(pattern, p.seqlen_q, p.seqlen_k), 0, p.seqlen_k};
+  } else if (pattern != "full") {
+    throw std::runtime_error(
+        "pattern must be full, causal, bias, random, causal-mask or blocks, "
+        "got " +
+        pattern);
+  }
+}
+
+float median_milliseconds(const pfa::Problem& problem, int64_t repeat) {
+  std::vector<void*> workspace;
+  pfa::cuda::Resources resources;
+  resources.allocate = allocate_workspace;
+  resources.context = &workspace;
+  std::vector<float> times;
+  for (int64_t i = 0; i <= repeat; ++i) {  // the first run warms up
+    if (repeat == 1 && i == 0) continue;   // a single run is for profilers and simulators
+    cudaEvent_t begin{}, end{};
+    check(cudaEventCreate(&begin), "create an event");
+    check(cudaEventCreate(&end), "create an event");
+    check(cudaEventRecord(begin), "record an event");
+    pfa::cuda::forward(problem, resources);
+    check(cudaEventRecord(end), "record an event");
+    check(cudaEventSynchronize(end), "run the kernels");
+    float milliseconds = 0;
+    check(cudaEventElapsedTime(&milliseconds, begin, end), "read an event");
+    if (i > 0) times.push_back(milliseconds);
+    for (void* block : workspace) check(cudaFree(block), "free the workspace");
+    workspace.clear();
+  }
+  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+  return times[times.size() / 2];
+}
+
+int run(const Options& options) {
+  pfa::Problem problem = make_problem(options);
+  apply_pattern(options.text("pattern"), problem);
+  const pfa::cuda::Choice choice = pfa::cuda::choose(problem, 0);
+  const float milliseconds = median_milliseconds(problem, options.number("repeat"));
+  std::printf(
+      "{\"kernel\": \"%s\", \"block_m\": %d, \"block_n\": %d, \"num_splits\": %d, "
+      "\"milliseconds\": %.6g}\n",
+      choice.kernel.c_str(), choice.block_m, choice.block_n, choice.num_splits, milliseconds);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return run(Options::parse(argc, argv));
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "attention: %s\n", error.what());
+    return 1;
+  }
+}
