@@ -30,41 +30,43 @@ __device__ __forceinline__ uint32_t gather_pairs(uint32_t x) {
   return (x & 0x3u) | (x >> 4 & 0x30u) | (x >> 8 & 0x300u) | (x >> 12 & 0x3000u);
 }
 
-// What a warp has seen of each granule of its rows.
+// What a warp has seen of each granule of its rows: a bit per granule.
 struct Seen {
-  uint32_t any = 0, masked = 0;  // a bit per granule
-
-  __device__ void add(int granule, uint32_t row_mask, uint32_t exists) {
-    any |= static_cast<uint32_t>((~row_mask & exists) != 0) << granule;
-    masked |= static_cast<uint32_t>((row_mask & exists) != 0) << granule;
-  }
+  uint32_t kept = 0, masked = 0;
 };
 
-// 16 rows by 64 keys: reads the bytes and writes the lane's word.
-__device__ void pack_cell(const PackParams& p, const uint8_t* rows, int64_t row_begin,
-                          int64_t key_begin, int granule, uint32_t* words, Seen& seen) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+// 16 rows by 64 keys: reads the bytes and writes the lane's word. kWhole: all of them exist.
+template <bool kWhole>
+__device__ __forceinline__ void pack_cell(const PackParams& p, const uint8_t* rows,
+                                          int64_t row_begin, int64_t key_begin, int granule,
+                                          uint32_t* words, Seen& seen) {
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const int64_t rows_left = p.seqlen_q - row_begin, keys_left = p.seqlen_k - key_begin;
   bool masked[kMaskRows][2];
 #pragma unroll
   for (int r = 0; r < kMaskRows; ++r) {
+    const uint8_t* row = rows + r * p.mask.row + key_begin + lane;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t key = key_begin + half * kWarp + lane;
-      const bool exists = row_begin + r < p.seqlen_q && key < p.seqlen_k;
-      masked[r][half] = !exists || rows[r * p.mask.row + key] != 0;
+      const bool exists = kWhole || (r < rows_left && half * kWarp + lane < keys_left);
+      masked[r][half] = !exists || row[half * kWarp] != 0;
     }
   }
   uint32_t mine[2] = {~0u, ~0u};  // of row `lane`, for lanes below 16
 #pragma unroll
-  for (int r = 0; r < kMaskRows; ++r) {
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t exist =
+        kWhole ? ~0u : __ballot_sync(0xffffffffu, half * kWarp + lane < keys_left);
+    uint32_t some_kept = 0, some_masked = 0;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t key = key_begin + half * kWarp + lane;
+    for (int r = 0; r < kMaskRows; ++r) {
       const uint32_t row_mask = __ballot_sync(0xffffffffu, masked[r][half]);
-      const bool exists = row_begin + r < p.seqlen_q && key < p.seqlen_k;
-      seen.add(granule + half, row_mask, __ballot_sync(0xffffffffu, exists));
       if (lane == r) mine[half] = row_mask;
+      some_kept |= ~row_mask;
+      if (kWhole || r < rows_left) some_masked |= row_mask;
     }
+    seen.kept |= static_cast<uint32_t>((some_kept & exist) != 0) << (granule + half);
+    seen.masked |= static_cast<uint32_t>((some_masked & exist) != 0) << (granule + half);
   }
   const int row = accumulator_row(lane, 0), column = accumulator_column(lane, 0);
   uint32_t word = 0;
@@ -77,15 +79,15 @@ __device__ void pack_cell(const PackParams& p, const uint8_t* rows, int64_t row_
   words[lane] = word;
 }
 
-__device__ TileClass class_of(uint32_t any, uint32_t masked, int first_granule, int granules) {
+__device__ TileClass class_of(const Seen& seen, int first_granule, int granules) {
   const uint32_t window = ((1u << granules) - 1) << first_granule;
-  if ((any & window) == 0) return kEmpty;
-  return (masked & window) == 0 ? kFull : kPartial;
+  if ((seen.kept & window) == 0) return kEmpty;
+  return (seen.masked & window) == 0 ? kFull : kPartial;
 }
 
 __global__ void pack_mask_kernel(const __grid_constant__ PackParams p) {
-  __shared__ uint32_t any, masked;
-  if (threadIdx.x == 0) any = masked = 0;
+  __shared__ uint32_t kept, masked;
+  if (threadIdx.x == 0) kept = masked = 0;
   __syncthreads();
   int64_t index = p.first_block + blockIdx.x;
   const int64_t key_block = index % p.key_blocks;
@@ -100,11 +102,16 @@ __global__ void pack_mask_kernel(const __grid_constant__ PackParams p) {
   for (int i = 0; i < kCellsPerBlock; ++i) {
     const int64_t cell = key_block * kCellsPerBlock + i;
     if (cell * kMaskKeys >= p.seqlen_k) break;
-    pack_cell(p, rows, row_begin, cell * kMaskKeys, i * (kMaskKeys / kGranule),
-              words + cell * kWarp, seen);
+    const int granule = i * (kMaskKeys / kGranule);
+    const bool whole = row_begin + kMaskRows <= p.seqlen_q && (cell + 1) * kMaskKeys <= p.seqlen_k;
+    if (whole) {
+      pack_cell<true>(p, rows, row_begin, cell * kMaskKeys, granule, words + cell * kWarp, seen);
+    } else {
+      pack_cell<false>(p, rows, row_begin, cell * kMaskKeys, granule, words + cell * kWarp, seen);
+    }
   }
   if (threadIdx.x % kWarp == 0) {
-    atomicOr(&any, seen.any);
+    atomicOr(&kept, seen.kept);
     atomicOr(&masked, seen.masked);
   }
   __syncthreads();
@@ -115,7 +122,7 @@ __global__ void pack_mask_kernel(const __grid_constant__ PackParams p) {
   if (n_tile * p.block_n >= p.seqlen_k) return;
   uint8_t* classes = const_cast<uint8_t*>(p.packed.classes) + b * p.packed.classes_batch +
                      m_block * p.packed.classes_m_block;
-  classes[n_tile] = class_of(any, masked, first_granule, granules);
+  classes[n_tile] = class_of({kept, masked}, first_granule, granules);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
