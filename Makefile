@@ -13,6 +13,7 @@ CUDA_LIBRARY := build/cuda/_C.abi3.so
 SIM_LIBRARY := build/sim/_C.abi3.so
 SIM_ARCHS ?= 8.0
 SIM_RUNTIME := build/cudasim/build/libcudart.so.13
+SIM_HARNESS := build/predict/attention
 CUTLASS := third_party/cutlass
 PFA_CUTLASS_DIR ?= $(CUTLASS)
 NVCC = $(shell $(RUN) -c 'import runpy; \
@@ -22,7 +23,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help demo test bench-cpu check lint format dev sanitize clean \
-  cuda ptxas sass sim cudasim test-sim third_party test-layouts have-nvcc
+  cuda ptxas sass sim cudasim test-sim predict third_party test-layouts have-nvcc
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):.*## /\1\t/' | expand -t 14
@@ -72,6 +73,9 @@ cudasim: $(SIM_RUNTIME)  ## build the simulator whose sources are in CUDASIM=dir
 test-sim: $(SIM_RUNTIME) $(SIM_LIBRARY)  ## run the CUDA kernels on the CPU (CUDASIM=dir ARGS=...)
 	CUDASIM=build/cudasim CUDASIM_THREADS=1 PFA_LIBRARY=$(SIM_LIBRARY) \
 	  $(RUN) -m pytest -q --backend sim -n auto $(ARGS)
+
+predict: $(SIM_RUNTIME) $(SIM_HARNESS)  ## predict the CUDA kernels' speed with the simulator's timing model (ARGS="--filter D128")
+	@$(RUN) tools/predict.py $(ARGS)
 
 third_party: $(CUTLASS)/LICENSE.txt  ## fetch what third_party/ pins: CuTe, for test-layouts
 
@@ -123,6 +127,9 @@ $(CUDA_LIBRARY): $(BUILD_FILES) tools/build_cuda.py tools/nvcc_log.py
 $(SIM_LIBRARY): $(BUILD_FILES) tools/build_cuda.py tools/nvcc_log.py
 	@echo "building $@ (log: build/sim/build.log)"
 	@PFA_SIM_ARCH_LIST="$(SIM_ARCHS)" $(RUN) tools/build_cuda.py build/sim
+
+$(SIM_HARNESS): benchmarks/cuda/attention.cu tools/build_harness.py $(SIM_LIBRARY)
+	@$(RUN) tools/build_harness.py build/sim $@
 
 # The simulator's folder may be read-only: it is built in a copy.
 $(SIM_RUNTIME): $(wildcard $(CUDASIM)/src/* $(CUDASIM)/Makefile)

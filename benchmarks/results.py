@@ -5,7 +5,6 @@ import datetime
 import json
 import platform
 import re
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from rich.table import Table
 import pfa
 
 from . import suites
+from .revision import revision
 from .suites import Case
 
 FOLDER = Path(__file__).with_name("results")
-ROOT = FOLDER.parents[1]
 # The processor's flags that decide which kernel can run.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 
@@ -35,9 +34,8 @@ def environment(threads: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "sha": _git("rev-parse", "--short=10", "HEAD") or "unknown",
         "busy": _busy(),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **revision(),
     }
 
 
@@ -53,16 +51,6 @@ def _busy() -> float | None:
         time.sleep(pause)
     (total, idle), (total_after, idle_after) = samples
     return 1 - (idle_after - idle) / max(total_after - total, 1)
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip()
 
 
 def _processor() -> tuple[str, set[str]]:

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What predict.py predicts: the machines, their cases, targets, and figures to compare with.
+
+A machine is added by an entry in MACHINES; a case, a target or a figure by a row in it. Everything
+here is a prediction of the simulator's timing model; nothing was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+TOKENS, WIDTH = 16384, 2048  # batch * sequence, heads * head_dim
+SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
+HEAD_DIMS = (64, 128, 256)
+# Patterns of the harness whose packed mask comes from a kernel before the attention. Sampling would
+# leave that mask incomplete: these run whole, on a slice of the machine.
+DENSE = ("random", "causal-mask", "blocks")
+RATIO_SEQLEN = 2048
+SLICE = 18  # 1 / 18 of the SMs, of the memory bandwidth and of the blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call: TOKENS tokens of WIDTH channels."""
+
+    dtype: str
+    head_dim: int
+    pattern: str
+    seqlen: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype} D{self.head_dim} {self.pattern} {self.seqlen}"
+
+    @property
+    def batch(self) -> int:
+        return TOKENS // self.seqlen
+
+    @property
+    def heads(self) -> int:
+        return WIDTH // self.head_dim
+
+    @property
+    def nominal_flop(self) -> float:
+        """The usual count, not what is executed: two products over all pairs, half if causal."""
+        share = 0.5 if self.pattern == "causal" else 1.0
+        return share * 4.0 * self.batch * self.heads * self.seqlen**2 * self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    name: str
+    bound: float  # least, or most if `at_most`, that the value may be
+    value: Callable[[dict[str, dict]], float]  # of the rows, by the case's name
+    at_most: bool = False
+
+    def is_met(self, value: float) -> bool:
+        return value <= self.bound if self.at_most else value >= self.bound
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    label: str
+    cc: int
+    sms: int
+    hbm_tbs: float
+    cases: tuple[Case, ...]
+    targets: tuple[Target, ...]
+    peer: str = ""  # whose predicted TFLOP/s stand beside ours, by (head_dim, pattern)
+    peer_tflops: dict[tuple[int, str], dict[int, float]] = dataclasses.field(default_factory=dict)
+
+
+def speeds(dtype: str, seqlens: tuple[int, ...]) -> list[Case]:
+    return [
+        Case(dtype, head_dim, pattern, seqlen)
+        for head_dim in HEAD_DIMS
+        for pattern in ("full", "causal")
+        for seqlen in seqlens
+    ]
+
+
+def ratios(dtype: str, head_dim: int) -> list[Case]:
+    return [Case(dtype, head_dim, pattern, RATIO_SEQLEN) for pattern in (*DENSE, "bias")]
+
+
+def tflops(case: str) -> Callable[[dict[str, dict]], float]:
+    return lambda rows: rows[case]["predicted_tflops"]
+
+
+def ratio(case: str, base: str, key: str) -> Callable[[dict[str, dict]], float]:
+    return lambda rows: rows[case][key] / rows[base][key]
+
+
+def slowdown(pattern: str, head_dim: int = 128) -> Target:
+    case = str(Case("fp16", head_dim, pattern, RATIO_SEQLEN))
+    return Target(
+        f"{case}: time / no mask",
+        1.15,
+        lambda rows: rows[case]["predicted_ratio_to_no_mask"],
+        at_most=True,
+    )
+
+
+MACHINES = {
+    "sm80": Machine(
+        label="A100",
+        cc=80,
+        sms=108,
+        hbm_tbs=2.0,
+        cases=(
+            *speeds("fp16", SEQLENS),
+            *speeds("bf16", (1024, 8192)),  # as fp16 but for the conversions of P and of the output
+            *speeds("int8", (1024, 4096, 8192, 16384)),
+            *ratios("fp16", 128),
+        ),
+        targets=(
+            Target("fp16 D128 full 8192: TFLOP/s", 225, tflops("fp16 D128 full 8192")),
+            Target(
+                "int8 D128 full 8192: speed / fp16",
+                1.5,
+                ratio("int8 D128 full 8192", "fp16 D128 full 8192", "predicted_tflops"),
+            ),
+            *map(slowdown, (*DENSE, "bias")),
+        ),
+        peer="FlashAttention's sm_80 kernel",
+        peer_tflops={(128, "full"): {1024: 220, 4096: 227, 8192: 228}},
+    ),
+}
