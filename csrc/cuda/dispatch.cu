@@ -12,6 +12,9 @@
 #include "forward.h"
 #include "launch.h"
 #include "mask_pack.h"
+#ifdef PFA_WITH_SM90A
+#include "sm90/tensor_map.h"
+#endif
 
 namespace pfa::cuda {
 namespace {
@@ -40,8 +43,9 @@ struct Device {
   }
 };
 
-// The kernels of one (element, head_dim bucket).
+// The kernels of one (family, element, head_dim bucket).
 struct Kernels {
+  const char* family;
   const char* element;
   int head_dim;
   KernelInfo (*info)(const Variant&);
@@ -49,24 +53,121 @@ struct Kernels {
   void (*launch)(const Variant&, const Params&, int64_t blocks, int device, cudaStream_t);
 };
 
-template <class Element, int... kHeadDims>
-Kernels smallest_bucket(int64_t head_dim) {
-  constexpr std::array<Kernels, sizeof...(kHeadDims)> kBuckets{
-      Kernels{Element::kName, kHeadDims, sm80::info<Element, kHeadDims>,
-              sm80::blocks_per_sm<Element, kHeadDims>, sm80::launch<Element, kHeadDims>}...};
-  return *std::find_if(kBuckets.begin(), kBuckets.end(),
+template <size_t kCount>
+Kernels smallest_bucket(const std::array<Kernels, kCount>& buckets, int64_t head_dim) {
+  return *std::find_if(buckets.begin(), buckets.end(),
                        [&](const Kernels& kernels) { return head_dim <= kernels.head_dim; });
 }
 
-template <class Element>
-Kernels kernels_of(int64_t head_dim) {
-  return smallest_bucket<Element, 64, 96, 128, 192, 256, 384, 512>(head_dim);
+template <class Element, int... kHeadDims>
+Kernels sm80_bucket(int64_t head_dim) {
+  return smallest_bucket<sizeof...(kHeadDims)>(
+      {Kernels{"sm80", Element::kName, kHeadDims, sm80::info<Element, kHeadDims>,
+               sm80::blocks_per_sm<Element, kHeadDims>, sm80::launch<Element, kHeadDims>}...},
+      head_dim);
 }
 
-Kernels kernels_of(const Problem& problem) {
-  if (problem.dtype == DType::kInt8) return kernels_of<Int8>(problem.head_dim);
-  if (problem.dtype == DType::kBFloat16) return kernels_of<BFloat16>(problem.head_dim);
-  return kernels_of<Float16>(problem.head_dim);
+template <class Element>
+Kernels sm80_kernels(int64_t head_dim) {
+  return sm80_bucket<Element, 64, 96, 128, 192, 256, 384, 512>(head_dim);
+}
+
+Kernels sm80_kernels(const Problem& problem) {
+  if (problem.dtype == DType::kInt8) return sm80_kernels<Int8>(problem.head_dim);
+  if (problem.dtype == DType::kBFloat16) return sm80_kernels<BFloat16>(problem.head_dim);
+  return sm80_kernels<Float16>(problem.head_dim);
+}
+
+#ifdef PFA_WITH_SM90A
+template <class Element, int... kHeadDims>
+Kernels sm90_bucket(int64_t head_dim) {
+  return smallest_bucket<sizeof...(kHeadDims)>(
+      {Kernels{"sm90", Element::kName, kHeadDims, sm90::info<Element, kHeadDims>,
+               sm90::blocks_per_sm<Element, kHeadDims>, sm90::launch<Element, kHeadDims>}...},
+      head_dim);
+}
+
+Kernels sm90_kernels(const Problem& problem) {
+  const bool is_bf16 = problem.dtype == DType::kBFloat16;
+  return is_bf16 ? sm90_bucket<BFloat16, 64, 96, 128, 192, 256>(problem.head_dim)
+                 : sm90_bucket<Float16, 64, 96, 128, 192, 256>(problem.head_dim);
+}
+#endif
+
+bool is_aligned(const void* data, std::initializer_list<int64_t> bytes) {
+  const auto aligned = [](int64_t x) { return x % 16 == 0; };
+  return aligned(static_cast<int64_t>(reinterpret_cast<uintptr_t>(data))) &&
+         std::all_of(bytes.begin(), bytes.end(), aligned);
+}
+
+// Strides of dimensions of one element say nothing and may be anything.
+template <class View>
+StridedTensor strided(const View& view, const Problem& p, int64_t heads, int64_t rows,
+                      DType dtype) {
+  const int64_t bytes = dtype == DType::kInt8 ? 1 : 2;
+  StridedTensor tensor;
+  tensor.data = static_cast<char*>(const_cast<void*>(static_cast<const void*>(view.data)));
+  tensor.batch = p.batch > 1 ? view.batch * bytes : 0;
+  tensor.head = heads > 1 ? view.head * bytes : 0;
+  tensor.row = rows > 1 ? view.row * bytes : 0;
+  tensor.vectorised =
+      is_aligned(view.data, {tensor.batch, tensor.head, tensor.row, p.head_dim * bytes});
+  return tensor;
+}
+
+BiasParams bias_params(const Problem& p) {
+  BiasParams bias;
+  if (p.bias.data == nullptr) return bias;
+  bias.data = static_cast<const char*>(p.bias.data);
+  bias.batch = p.bias.batch * 2;
+  bias.head = p.bias.head * 2;
+  bias.row = p.bias.row * 2;
+  bias.vectorised = is_aligned(bias.data, {bias.batch, bias.head, bias.row});
+  return bias;
+}
+
+// All but what depends on the plan and on workspace.
+Params base_params(const Problem& p) {
+  Params params;
+  params.q = strided(p.q, p, p.num_heads, p.seqlen_q, p.dtype);
+  params.k = strided(p.k, p, p.num_heads_k, p.seqlen_k, p.dtype);
+  params.v = strided(p.v, p, p.num_heads_k, p.seqlen_k, p.dtype);
+  params.out = strided(p.out, p, p.num_heads, p.seqlen_q, p.dtype_out);
+  params.dtype_out = p.dtype_out;
+  params.batch = p.batch;
+  params.seqlen_q = p.seqlen_q;
+  params.seqlen_k = p.seqlen_k;
+  params.num_heads = static_cast<int>(p.num_heads);
+  params.heads_per_group = static_cast<int>(p.heads_per_group());
+  params.head_dim = static_cast<int>(p.head_dim);
+  params.softmax_scale = p.softmax_scale;
+  params.band = p.band;
+  params.bias = bias_params(p);
+  params.quant = p.quant;
+  params.longest_first = p.band.hi < Band::kUnbounded;
+  params.batch_innermost = p.bias.data != nullptr && p.bias.batch == 0 && p.batch > 1;
+  return params;
+}
+
+// Why a call does not take the kernels for compute capability 9.0: empty if it does.
+std::string why_not_sm90(const Problem& p, const Device& gpu) {
+  if (gpu.compute_capability / 10 != 9) return "the GPU is of another compute capability";
+#ifdef PFA_WITH_SM90A
+  if (p.dtype == DType::kInt8) return "int8";
+  if (p.dtype_out != p.dtype) return "int8 output";
+  if (p.head_dim > 256) return "head_dim above 256";
+  if (!sm90::is_mappable(base_params(p))) return "addresses or strides that TMA cannot read";
+  return "";
+#else
+  return "the library was compiled without sm_90a";
+#endif
+}
+
+Kernels kernels_of(const Problem& problem, const Device& gpu) {
+#ifdef PFA_WITH_SM90A
+  if (why_not_sm90(problem, gpu).empty()) return sm90_kernels(problem);
+#endif
+  return sm80_kernels(problem);
 }
 
 struct Plan {
@@ -77,9 +178,9 @@ struct Plan {
   int64_t num_m_blocks;
 
   [[nodiscard]] std::string name() const {
-    return std::string("sm80 ") + kernels.element + " D" + std::to_string(kernels.head_dim) +
-           (variant.dense ? " dense" : " band") + (variant.bias ? " bias" : "") +
-           (variant.compact ? " compact" : "");
+    return std::string(kernels.family) + " " + kernels.element + " D" +
+           std::to_string(kernels.head_dim) + (variant.dense ? " dense" : " band") +
+           (variant.bias ? " bias" : "") + (variant.compact ? " compact" : "");
   }
 };
 
@@ -136,7 +237,7 @@ Plan make_plan(const Problem& problem, int device) {
                              std::to_string(gpu.compute_capability % 10));
   }
   Plan plan{};
-  plan.kernels = kernels_of(problem);
+  plan.kernels = kernels_of(problem, gpu);
   plan.variant.dense = problem.mask.data != nullptr;
   plan.variant.bias = problem.bias.data != nullptr;
   plan.variant.compact = plan.kernels.info(plan.variant).shared_bytes > gpu.shared_bytes;
@@ -144,38 +245,6 @@ Plan make_plan(const Problem& problem, int device) {
   plan.num_m_blocks = ceil_div(problem.seqlen_q, plan.info.block_m);
   plan.num_splits = choose_splits(problem, plan, device, gpu);
   return plan;
-}
-
-bool is_aligned(const void* data, std::initializer_list<int64_t> bytes) {
-  const auto aligned = [](int64_t x) { return x % 16 == 0; };
-  return aligned(static_cast<int64_t>(reinterpret_cast<uintptr_t>(data))) &&
-         std::all_of(bytes.begin(), bytes.end(), aligned);
-}
-
-// Strides of dimensions of one element say nothing and may be anything.
-template <class View>
-StridedTensor strided(const View& view, const Problem& p, int64_t heads, int64_t rows,
-                      DType dtype) {
-  const int64_t bytes = dtype == DType::kInt8 ? 1 : 2;
-  StridedTensor tensor;
-  tensor.data = static_cast<char*>(const_cast<void*>(static_cast<const void*>(view.data)));
-  tensor.batch = p.batch > 1 ? view.batch * bytes : 0;
-  tensor.head = heads > 1 ? view.head * bytes : 0;
-  tensor.row = rows > 1 ? view.row * bytes : 0;
-  tensor.vectorised =
-      is_aligned(view.data, {tensor.batch, tensor.head, tensor.row, p.head_dim * bytes});
-  return tensor;
-}
-
-BiasParams bias_params(const Problem& p) {
-  BiasParams bias;
-  if (p.bias.data == nullptr) return bias;
-  bias.data = static_cast<const char*>(p.bias.data);
-  bias.batch = p.bias.batch * 2;
-  bias.head = p.bias.head * 2;
-  bias.row = p.bias.row * 2;
-  bias.vectorised = is_aligned(bias.data, {bias.batch, bias.head, bias.row});
-  return bias;
 }
 
 class Launcher {
@@ -187,7 +256,8 @@ class Launcher {
         plan_(make_plan(problem, resources.device)) {}
 
   void run() {
-    Params params = base_params();
+    Params params = base_params(problem_);
+    params.num_m_blocks = plan_.num_m_blocks;
     params.seqused_q = lengths(problem_.seqused_q, problem_.device_seqused_q);
     params.seqused_k = lengths(problem_.seqused_k, problem_.device_seqused_k);
     if (plan_.variant.dense) params.mask = packed_mask();
@@ -199,30 +269,6 @@ class Launcher {
   }
 
  private:
-  [[nodiscard]] Params base_params() const {
-    const Problem& p = problem_;
-    Params params;
-    params.q = strided(p.q, p, p.num_heads, p.seqlen_q, p.dtype);
-    params.k = strided(p.k, p, p.num_heads_k, p.seqlen_k, p.dtype);
-    params.v = strided(p.v, p, p.num_heads_k, p.seqlen_k, p.dtype);
-    params.out = strided(p.out, p, p.num_heads, p.seqlen_q, p.dtype_out);
-    params.dtype_out = p.dtype_out;
-    params.batch = p.batch;
-    params.seqlen_q = p.seqlen_q;
-    params.seqlen_k = p.seqlen_k;
-    params.num_heads = static_cast<int>(p.num_heads);
-    params.heads_per_group = static_cast<int>(p.heads_per_group());
-    params.head_dim = static_cast<int>(p.head_dim);
-    params.softmax_scale = p.softmax_scale;
-    params.band = p.band;
-    params.bias = bias_params(p);
-    params.quant = p.quant;
-    params.num_m_blocks = plan_.num_m_blocks;
-    params.longest_first = p.band.hi < Band::kUnbounded;
-    params.batch_innermost = p.bias.data != nullptr && p.bias.batch == 0 && p.batch > 1;
-    return params;
-  }
-
   [[nodiscard]] void* allocate(int64_t bytes) const {
     return resources_.allocate(bytes, resources_.context);
   }

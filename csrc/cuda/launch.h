@@ -38,4 +38,18 @@ void launch(const Variant& variant, const Params& params, int64_t blocks, int de
             cudaStream_t stream);
 
 }  // namespace sm80
+
+// float16 and bfloat16 up to head_dim 256, whose tensors TMA can read: see sm90/tensor_map.h. Only
+// in a library that was compiled for sm_90a.
+namespace sm90 {
+
+template <class Element, int kHeadDim>
+[[nodiscard]] KernelInfo info(const Variant& variant);
+template <class Element, int kHeadDim>
+[[nodiscard]] int blocks_per_sm(const Variant& variant, int device);
+template <class Element, int kHeadDim>
+void launch(const Variant& variant, const Params& params, int64_t blocks, int device,
+            cudaStream_t stream);
+
+}  // namespace sm90
 }  // namespace pfa::cuda

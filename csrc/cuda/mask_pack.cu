@@ -20,7 +20,7 @@ struct PackParams {
   Mask mask;
   int64_t seqlen_q, seqlen_k;
   PackedMaskParams packed;
-  int64_t num_m_blocks, key_blocks;
+  int64_t num_m_blocks, key_blocks, key_cells;
   int64_t first_block;
   int block_m, block_n;
 };
@@ -101,7 +101,7 @@ __global__ void pack_mask_kernel(const __grid_constant__ PackParams p) {
   Seen seen;
   for (int i = 0; i < kCellsPerBlock; ++i) {
     const int64_t cell = key_block * kCellsPerBlock + i;
-    if (cell * kMaskKeys >= p.seqlen_k) break;
+    if (cell >= p.key_cells) break;
     const int granule = i * (kMaskKeys / kGranule);
     const bool whole = row_begin + kMaskRows <= p.seqlen_q && (cell + 1) * kMaskKeys <= p.seqlen_k;
     if (whole) {
@@ -132,7 +132,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 PackedMaskPlan::PackedMaskPlan(const Problem& problem, int block_m, int block_n)
     : masks(problem.mask.batch == 0 ? 1 : problem.batch),
       row_groups(ceil_div(problem.seqlen_q, block_m) * block_m / kMaskRows),
-      key_cells(ceil_div(problem.seqlen_k, kMaskKeys)),
+      key_cells(ceil_div(ceil_div(problem.seqlen_k, block_n) * block_n, kMaskKeys)),
       num_m_blocks(ceil_div(problem.seqlen_q, block_m)),
       num_tiles(ceil_div(problem.seqlen_k, block_n)) {}
 
@@ -161,6 +161,7 @@ void pack_mask(const Problem& problem, const PackedMaskPlan& plan, const PackedM
   p.seqlen_k = problem.seqlen_k;
   p.packed = packed;
   p.num_m_blocks = plan.num_m_blocks;
+  p.key_cells = plan.key_cells;
   p.key_blocks = ceil_div(plan.key_cells, kCellsPerBlock);
   p.block_m = block_m;
   p.block_n = block_n;

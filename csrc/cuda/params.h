@@ -33,7 +33,7 @@ struct LengthsParams {
   int64_t values[kInlineLengths] = {};
 };
 
-// What mask_pack.cu leaves of a dense mask. Rows are padded to whole blocks.
+// What mask_pack.cu leaves of a dense mask. Rows are padded to whole blocks, keys to whole tiles.
 struct PackedMaskParams {
   const uint32_t* bits = nullptr;    // (mask batch, row / 16, key / 64, lane): see fragment.cuh
   const uint8_t* classes = nullptr;  // (mask batch, m_block, n_tile): a TileClass

@@ -120,7 +120,8 @@ class ScoreStep {
   }
 
   // The words of the packed mask for this warp's rows, its keys of tile n in the low bits.
-  using Bits = uint32_t[kMmaM];
+  static constexpr int kCells = kTilesS > 8 ? kTilesS / 8 : 1;
+  using Bits = uint32_t[kMmaM][kCells];
   __device__ void load_bits(Bits& bits, const PackedMaskParams& packed, int64_t b,
                             const Sequence& sequence, int n) const {
     const int64_t key = static_cast<int64_t>(n) * T::kBlockN + warp_.key();
@@ -128,10 +129,13 @@ class ScoreStep {
     const uint32_t* words = packed.bits + b * packed.bits_batch +
                             row_group * packed.bits_row_group + key / kMaskKeys * kWarp +
                             warp_.lane();
+    const int first_bit = bit_of(static_cast<int>(key % kMaskKeys) / 8, 0);
 #pragma unroll
     for (int m = 0; m < kMmaM; ++m) {
-      bits[m] =
-          words[m * packed.bits_row_group] >> bit_of(static_cast<int>(key % kMaskKeys) / 8, 0);
+#pragma unroll
+      for (int cell = 0; cell < kCells; ++cell) {
+        bits[m][cell] = words[m * packed.bits_row_group + cell * kWarp] >> first_bit;
+      }
     }
   }
 
@@ -142,7 +146,7 @@ class ScoreStep {
       for (int n = 0; n < kTilesS; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          if ((bits[m] & (1u << bit_of(n, e))) != 0) s[m][n][e] = -kInfinity;
+          if ((bits[m][n / 8] & (1u << bit_of(n % 8, e))) != 0) s[m][n][e] = -kInfinity;
         }
       }
     }

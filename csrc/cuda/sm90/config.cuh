@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every compile-time fact of a kernel of this family: its policies, its tile, its shared memory.
+#pragma once
+
+#include <string>
+
+#include "../element.cuh"
+#include "../fragment.cuh"
+#include "../mask.cuh"
+#include "../quant.cuh"
+
+namespace pfa::cuda::sm90 {
+
+constexpr int kWarpgroup = 128;  // threads
+constexpr int kStages = 2;       // tiles of K and of V in shared memory
+constexpr int kSharedLimit = 227 * 1024;
+
+struct Tile {
+  int block_m;                                                            // query rows of a block
+  int block_n;                                                            // keys of a tile
+  [[nodiscard]] constexpr int consumers() const { return block_m / 64; }  // warpgroups
+};
+
+// The tile plan. The packed mask is kept in cells of 64 keys, and classifies tiles that divide 256;
+// the bias arrives in boxes of 64 keys.
+PFA_HOST_DEVICE constexpr Tile tile_of(int head_dim, bool is_dense, bool has_bias) {
+  const bool whole_cells = is_dense || has_bias;
+  if (head_dim <= 64) return {192, 128};
+  if (head_dim <= 128) return {128, 128};
+  if (head_dim <= 192) return {128, whole_cells ? 64 : 112};
+  return {128, whole_cells ? 64 : 80};
+}
+
+template <class Element_, int kHeadDim_, class Mask_, bool kHasBias_>
+struct Traits {
+  using Element = Element_;
+  using Mask = Mask_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kHasBias = kHasBias_;
+  static constexpr bool kIsDense = Mask::kIsDense;
+
+  static std::string name() {
+    return std::string("sm90 ") + Element::kName + " D" + std::to_string(kHeadDim) + " " +
+           Mask::kName + (kHasBias ? " bias" : "");
+  }
+
+  static constexpr Tile kTile = tile_of(kHeadDim, kIsDense, kHasBias);
+  static constexpr int kBlockM = kTile.block_m;
+  static constexpr int kBlockN = kTile.block_n;
+  static constexpr int kConsumers = kTile.consumers();
+  static constexpr int kConsumerThreads = kConsumers * kWarpgroup;
+  static constexpr int kThreads = kConsumerThreads + kWarpgroup;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kTilesS = kBlockN / 8;   // 8-key accumulators of a warp
+  static constexpr int kTilesO = kHeadDim / 8;  // 8-channel accumulators of a warp
+
+  // Tiles of q, k, v and the output are blocks of 64 columns, or 32 where those do not divide
+  // head_dim: as wide as a swizzle of TMA.
+  static constexpr int kBoxColumns = kHeadDim % 64 == 0 ? 64 : 32;
+  static constexpr int kBoxes = kHeadDim / kBoxColumns;
+  static constexpr int kBoxRowBytes = kBoxColumns * Element::kBytes;
+  static constexpr int kBoxChunks = kBoxRowBytes / kChunkBytes;
+  static constexpr int kBoxQ = kBlockM * kBoxRowBytes;  // bytes
+  static constexpr int kBoxK = kBlockN * kBoxRowBytes;
+  static constexpr int kBytesQ = kBoxes * kBoxQ;
+  static constexpr int kBytesK = kBoxes * kBoxK;  // and of a tile of V
+  static_assert(kBoxQ % 1024 == 0 && kBoxK % 1024 == 0, "boxes must start where a swizzle repeats");
+
+  static constexpr int kBiasColumns = 64;
+  static constexpr int kBiasBoxes = kHasBias ? kBlockN / kBiasColumns : 0;
+  static constexpr int kBoxBias = kBlockM * kBiasColumns * 2;
+  static constexpr int kBytesBias = kBiasBoxes * kBoxBias;
+
+  // Byte offsets into shared memory, which is aligned to 1024 bytes.
+  static constexpr int kQ = 0;
+  static constexpr int kK = kQ + kBytesQ;
+  static constexpr int kV = kK + kStages * kBytesK;
+  static constexpr int kBias = kV + kStages * kBytesK;
+  static constexpr int kEnd = kBias + kStages * kBytesBias;
+  static constexpr int kControlBytes = 1024;
+  // The output is staged beside the queries, so that the next ones can arrive, or where they were.
+  static constexpr bool kStagesApart = kEnd + kBytesQ + kControlBytes + 1024 <= kSharedLimit;
+  static constexpr int kOut = kStagesApart ? kEnd : kQ;
+  static constexpr int kControl = kStagesApart ? kEnd + kBytesQ : kEnd;
+  static constexpr int kSharedBytes = kControl + kControlBytes + 1024;  // for the alignment
+  static_assert(kSharedBytes <= kSharedLimit);
+};
+
+}  // namespace pfa::cuda::sm90

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// What happens to a warp's 16 rows of S between the product and the softmax: sign, bias, masks. A
+// score that does not take part becomes -inf.
+#pragma once
+
+#include "../softmax.cuh"
+#include "block.cuh"
+
+namespace pfa::cuda::sm90 {
+
+template <class T>
+using Scores = float[1][T::kTilesS][4];
+
+template <class T>
+class ScoreStep {
+  using Element = typename T::Element;
+  static constexpr int kTilesS = T::kTilesS;
+
+ public:
+  // How softmax.cuh is to subtract.
+  static constexpr bool kExact = T::kHasBias;
+  static constexpr int kWords = (T::kBlockN + kMaskKeys - 1) / kMaskKeys;
+  using Bits = uint32_t[kWords];
+
+  // row: the warp's first in the block.
+  __device__ ScoreStep(const Params& p, int row)
+      : p_(p), row_(row), scale_(real_scale(p)), unit_(score_unit(p)) {}
+
+  // What one unit of the scores is worth in powers of two.
+  [[nodiscard]] __device__ float unit() const { return unit_; }
+
+  // A negative scale moves its sign to the sums, so that the largest score has the largest
+  // probability.
+  __device__ void apply_sign(Scores<T>& s) const {
+    if constexpr (T::kHasBias) return;
+    if (scale_ >= 0.0f) return;
+#pragma unroll
+    for (int n = 0; n < kTilesS; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[0][n][e] = -s[0][n][e];
+    }
+  }
+
+  // careful: NaN that a masking bias meets does not count.
+  __device__ void add_bias(Scores<T>& s, uint32_t bias, bool careful) const {
+    constexpr int kChunks = T::kBiasColumns * 2 / kChunkBytes, kTiles = T::kBiasColumns / 8;
+    const LaneAddress lane = lane_address_rows16(static_cast<int>(threadIdx.x % kWarp));
+    const LaneCursor<kChunks> cursor{
+        bias + static_cast<uint32_t>(chunk_offset<kChunks>(row_ + lane.row, lane.chunk))};
+#pragma unroll
+    for (int n = 0; n < kTilesS; n += 2) {
+      uint32_t r[4];  // rows 0..7 and 8..15 of tile n, then of tile n + 1
+      const LaneCursor<kChunks> box{cursor.corner + n / kTiles * T::kBoxBias};
+      ptx::ldmatrix_x4(r, box.at(0, n % kTiles));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = Element::unpack(r[i]);
+        float* pair_s = &s[0][n + i / 2][i % 2 * 2];
+        if (careful && pair.x == -kInfinity) pair_s[0] = 0.0f;
+        if (careful && pair.y == -kInfinity) pair_s[1] = 0.0f;
+        pair_s[0] = fmaf(pair_s[0], scale_, pair.x);
+        pair_s[1] = fmaf(pair_s[1], scale_, pair.y);
+      }
+    }
+  }
+
+  __device__ void mask_band(Scores<T>& s, const Sequence& sequence, int n) const {
+    const int64_t tile_begin = static_cast<int64_t>(n) * T::kBlockN;
+    const int lane = static_cast<int>(recomputed(threadIdx.x) % kWarp);
+    const int first_column = accumulator_column(lane, 0);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const mask::Columns columns = mask::columns_of_row(
+          sequence, p_.band, row_ + accumulator_row(lane, 2 * r), tile_begin, T::kBlockN);
+      const int skipped = columns.first - first_column;
+      const auto width = static_cast<unsigned>(max(columns.last - columns.first, 0));
+#pragma unroll
+      for (int i = 0; i < kTilesS; ++i) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const bool keep = static_cast<unsigned>(8 * i + c - skipped) < width;
+          if (!keep) s[0][i][2 * r + c] = -kInfinity;
+        }
+      }
+    }
+  }
+
+  // The words of the packed mask for this warp's rows and the keys of tile n. Cells beyond the
+  // last key do not exist; the band masks what they would have.
+  __device__ void load_bits(Bits& bits, const Work<T>& work, int n) const {
+    static_assert(!T::kIsDense || T::kBlockN % kMaskKeys == 0);
+    const PackedMaskParams& packed = p_.mask;
+    const int64_t cell = static_cast<int64_t>(n) * kWords;
+    const int64_t row_group = (work.sequence.row_begin + row_) / kMaskRows;
+    const uint32_t* words = packed.bits + work.block.b * packed.bits_batch +
+                            row_group * packed.bits_row_group + cell * kWarp + threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const bool exists = (cell + i) * kMaskKeys < p_.seqlen_k;
+      bits[i] = exists ? words[i * kWarp] : ~0u;
+    }
+  }
+
+  __device__ void mask_bits(Scores<T>& s, const Bits& bits) const {
+#pragma unroll
+    for (int n = 0; n < kTilesS; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t bit = 1u << bit_of(n % (kMaskKeys / 8), e);
+        if ((bits[n / (kMaskKeys / 8)] & bit) != 0) s[0][n][e] = -kInfinity;
+      }
+    }
+  }
+
+ private:
+  const Params& p_;
+  int row_;
+  float scale_;  // of a sum, its sign included
+  float unit_;
+};
+
+}  // namespace pfa::cuda::sm90

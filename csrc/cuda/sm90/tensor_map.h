@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// TMA's descriptions of q, k, v and the bias, made on the host.
+#pragma once
+
+#include <cuda.h>
+
+#include "../params.h"
+
+namespace pfa::cuda::sm90 {
+
+struct TensorMaps {
+  CUtensorMap q, k, v, bias;
+};
+
+// Boxes that TMA copies at once: rows, and columns of 16 bits that are as wide as the swizzle.
+struct BoxPlan {
+  int columns;  // 64 or 32
+  int rows_q, rows_k;
+};
+
+// Can TMA read these tensors? Strides of 0 among rows and keys that several rows share it cannot.
+[[nodiscard]] bool is_mappable(const Params& params);
+
+// Reads addresses and strides alone, no data.
+[[nodiscard]] TensorMaps make_tensor_maps(const Params& params, const BoxPlan& boxes);
+
+}  // namespace pfa::cuda::sm90
