@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test bench-cpu check lint format dev sanitize clean \
+.PHONY: help demo test bench-cpu gpu-pack gpu-check check lint format dev sanitize clean \
   cuda ptxas sass sim cudasim test-sim predict third_party test-layouts have-nvcc
 
 help:  ## list the targets
@@ -36,6 +36,13 @@ test: $(BUILT)  ## build and run the tests (ARGS=... for pytest)
 
 bench-cpu: $(BUILT)  ## measure the CPU backend beside its peers (ARGS="--quick --filter bf16")
 	$(RUN) -m benchmarks --suite cpu $(ARGS)
+
+gpu-pack: $(CUDA_LIBRARY)  ## put what gpu-check needs of the build into build/gpu-pack
+	@$(RUN) tools/gpu_pack.py build/cuda build/gpu-pack
+
+gpu-check:  ## on a machine with a GPU: all that needs one, without .venv or building (OUT=dir)
+	@test -n "$(OUT)" || { echo "make: set OUT to the folder of the results"; exit 1; }
+	$(PYTHON) -m benchmarks.gpu_check --out $(OUT) $(ARGS)
 
 check: test sanitize lint  ## what CI runs
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-TOKENS, WIDTH = 16384, 2048  # batch * sequence, heads * head_dim
+from benchmarks.gpu_check.cases import Case
+
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 HEAD_DIMS = (64, 128, 256)
 # Patterns of the harness whose packed mask comes from a kernel before the attention. Sampling would
@@ -18,33 +19,6 @@ HEAD_DIMS = (64, 128, 256)
 DENSE = ("random", "causal-mask", "blocks")
 RATIO_SEQLEN = 2048
 SLICE = 18  # 1 / 18 of the SMs, of the memory bandwidth and of the blocks
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call: TOKENS tokens of WIDTH channels."""
-
-    dtype: str
-    head_dim: int
-    pattern: str
-    seqlen: int
-
-    def __str__(self) -> str:
-        return f"{self.dtype} D{self.head_dim} {self.pattern} {self.seqlen}"
-
-    @property
-    def batch(self) -> int:
-        return TOKENS // self.seqlen
-
-    @property
-    def heads(self) -> int:
-        return WIDTH // self.head_dim
-
-    @property
-    def nominal_flop(self) -> float:
-        """The usual count, not what is executed: two products over all pairs, half if causal."""
-        share = 0.5 if self.pattern == "causal" else 1.0
-        return share * 4.0 * self.batch * self.heads * self.seqlen**2 * self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which machine, which software, which library. A child process asks torch: a GPU that cannot be
+used must not end the whole check."""
+
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..revision import revision
+from .process import run
+
+QUERY = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.sm,temperature.gpu"
+ABOUT_TORCH = """
+import json, torch
+found = {"torch": torch.__version__, "torch_cuda": torch.version.cuda}
+found["available"] = torch.cuda.is_available()
+try:
+    import pfa
+    found["library"], found["load_error"] = str(pfa._library.path), pfa._library.load_error
+    if found["available"]:
+        x = torch.ones(1, 1, 1, dtype=torch.float16, device="cuda")
+        found["kernel"] = pfa._library.cuda_choice(x, x, x).kernel
+except Exception as error:
+    found["load_error"] = f"{type(error).__name__}: {error}"
+if found["available"]:
+    about = torch.cuda.get_device_properties(0)
+    found["gpu"] = {"name": about.name, "capability": [about.major, about.minor],
+                    "multiprocessors": about.multi_processor_count,
+                    "memory_gib": round(about.total_memory / 2**30, 1)}
+    found["cudnn"] = torch.backends.cudnn.version()
+print("FOUND " + json.dumps(found))
+"""
+
+
+def plan() -> list[str]:
+    return [f"nvidia-smi --query-gpu={QUERY}", "torch, the GPU, the library and its architectures"]
+
+
+def collect(pack: Path | None, seconds: float) -> dict[str, Any]:
+    return {
+        "status": "ok",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "cpus": len(os.sched_getaffinity(0)),
+        **source(pack),
+        "nvidia_smi": nvidia_smi(),
+        **about_torch(seconds),
+        "compute_sanitizer": find_tool("compute-sanitizer"),
+    }
+
+
+def source(pack: Path | None) -> dict[str, Any]:
+    """The revision of the tree here, or of the pack where the tree came without its history."""
+    manifest = read_manifest(pack)
+    found = revision()
+    if found["sha"] == "unknown" and manifest:
+        found = {"sha": manifest["sha"], "dirty": manifest["dirty"]}
+    return found | {"pack": manifest}
+
+
+def read_manifest(pack: Path | None) -> dict[str, Any] | None:
+    path = pack and pack / "manifest.json"
+    return json.loads(path.read_text()) if path and path.exists() else None
+
+
+def nvidia_smi() -> dict[str, str] | str:
+    try:
+        done = run(["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"], 20)
+    except FileNotFoundError:
+        return "nvidia-smi was not found"
+    if done.returncode != 0:
+        return f"nvidia-smi ended with {done.returncode}: {done.output.strip()[-300:]}"
+    values = done.output.strip().splitlines()[0].split(", ")
+    return dict(zip(QUERY.split(","), values, strict=False))
+
+
+def about_torch(seconds: float) -> dict[str, Any]:
+    command = [sys.executable, "-c", ABOUT_TORCH]
+    done = run(command, seconds)
+    found = re.search(r"^FOUND (.*)$", done.output, re.MULTILINE)
+    if found is None:
+        return {"status": "failed", "reason": f"torch: {done.output.strip()[-500:]}"}
+    about = json.loads(found[1])
+    if not about["available"]:
+        return about | {"status": "failed", "reason": "torch sees no GPU"}
+    if about["load_error"]:
+        return about | {"status": "failed", "reason": about["load_error"]}
+    return about
+
+
+def find_tool(name: str) -> str | None:
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    return shutil.which(name, path=path)
