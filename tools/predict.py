@@ -24,10 +24,11 @@ import tempfile
 from typing import Any
 
 from predict_report import show
-from predictions import DENSE, MACHINES, SLICE, Case, Machine
+from predictions import DENSE, MACHINES, SLICE, Machine
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.gpu_check.cases import Case
 from benchmarks.revision import ROOT, revision
 
 # Blocks of an SM that are replayed one after the other. The last ones have the SM to themselves and
@@ -168,10 +169,12 @@ def full_us(runner: Runner, case: Case) -> float:
 def predict_dense(runner: Runner, case: Case) -> dict[str, Any]:
     """The kernel's ratio to no mask from a slice of the machine whose blocks all run, the pre-pass
     from the whole problem. The sum counts the overhead of both launches."""
+    machine = runner.machine
+    sms = machine.sms // SLICE
     sliced = {
-        "CUDASIM_SMS": str(runner.machine.sms // SLICE),
-        "CUDASIM_TIMING_SMS": str(runner.machine.sms // SLICE),
-        "CUDASIM_TIMING_HBM_TBS": str(runner.machine.hbm_tbs / SLICE),
+        "CUDASIM_SMS": str(sms),
+        "CUDASIM_TIMING_SMS": str(sms),
+        "CUDASIM_TIMING_HBM_TBS": str(machine.hbm_tbs * sms / machine.sms),
         "PFA_NUM_SPLITS": "1",
     }
     heads = case.batch * case.heads // SLICE

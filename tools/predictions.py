@@ -2,7 +2,8 @@
 """What predict.py predicts: the machines, their cases, targets, and figures to compare with.
 
 A machine is added by an entry in MACHINES; a case, a target or a figure by a row in it. Everything
-here is a prediction of the simulator's timing model; nothing was measured on a GPU.
+here is a prediction of the simulator's timing model, the peers' figures too (its README has them);
+nothing was measured on a GPU. Kernels that take their work from a global counter cannot be sampled.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ def ratios(dtype: str, head_dim: int) -> list[Case]:
     return [Case(dtype, head_dim, pattern, RATIO_SEQLEN) for pattern in (*DENSE, "bias")]
 
 
+def by_seqlen(*tflops: float) -> dict[int, float]:
+    return dict(zip(SEQLENS, tflops, strict=True))
+
+
 def tflops(case: str) -> Callable[[dict[str, dict]], float]:
     return lambda rows: rows[case]["predicted_tflops"]
 
@@ -98,5 +103,23 @@ MACHINES = {
         ),
         peer="FlashAttention's sm_80 kernel",
         peer_tflops={(128, "full"): {1024: 220, 4096: 227, 8192: 228}},
+    ),
+    # Has no targets yet. Without code for compute_90a (SIM_ARCHS) this shows the sm_80 kernels.
+    "sm90": Machine(
+        label="H100",
+        cc=90,
+        sms=132,
+        hbm_tbs=3.35,
+        cases=(*speeds("fp16", SEQLENS), *ratios("fp16", 128)),
+        targets=(),
+        peer="FlashAttention-3",
+        peer_tflops={
+            (64, "full"): by_seqlen(342, 396, 456, 470, 499, 502),
+            (64, "causal"): by_seqlen(199, 273, 382, 423, 471, 487),
+            (128, "full"): by_seqlen(490, 567, 598, 614, 635, 639),
+            (128, "causal"): by_seqlen(331, 461, 553, 604, 632, 647),
+            (256, "full"): by_seqlen(499, 612, 661, 687, 707, 717),
+            (256, "causal"): by_seqlen(324, 475, 583, 659, 700, 726),
+        },
     ),
 }
