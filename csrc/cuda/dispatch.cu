@@ -24,12 +24,22 @@ constexpr int64_t kLeastKeysPerSplit = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a call needs to know of a GPU; read once per device.
+// What a call needs to know of a GPU.
 struct Device {
   int compute_capability = 0;  // 10 major + minor
   int multiprocessors = 0;
   int shared_bytes = 0;  // that a block can have
 
+  // A thread rarely changes its device: what it read last is kept.
+  static const Device& of(int device) {
+    thread_local int known = -1;
+    thread_local Device gpu;
+    if (known != device) gpu = read(device);
+    known = device;
+    return gpu;
+  }
+
+ private:
   static Device read(int device) {
     const auto attribute = [device](cudaDeviceAttr which) {
       int value = 0;
@@ -230,7 +240,7 @@ int choose_splits(const Problem& problem, const Plan& plan, int device, const De
 }
 
 Plan make_plan(const Problem& problem, int device) {
-  const Device gpu = Device::read(device);
+  const Device& gpu = Device::of(device);
   if (gpu.compute_capability < 80) {
     throw std::runtime_error("pfa.forward needs a GPU of compute capability 8.0 or higher, got " +
                              std::to_string(gpu.compute_capability / 10) + "." +

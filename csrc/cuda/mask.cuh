@@ -69,8 +69,10 @@ struct Dense {
     [[nodiscard]] __device__ bool crosses_band(int n) const {
       return n < range_.full_begin || n >= range_.full_end;
     }
-    // Of the tile that first or after returned last, or of the one before if that is in its window.
-    [[nodiscard]] __device__ bool has_bits(int n) const { return classes_[n] == kPartial; }
+    // Of the tile that first or after returned last.
+    [[nodiscard]] __device__ bool has_bits(int n) const {
+      return n < range_.end && (partial_ >> (n - window_) & 1) != 0;
+    }
 
    private:
     // The first tile from n on that is not empty.
@@ -87,14 +89,15 @@ struct Dense {
     __device__ void read(int n) {
       window_ = n;
       const int mine = n + static_cast<int>(threadIdx.x % kWarp);
-      const bool visited = mine < range_.end && classes_[mine] != kEmpty;
-      visited_ = __ballot_sync(0xffffffffu, visited);
+      const uint8_t of_mine = mine < range_.end ? classes_[mine] : kEmpty;
+      visited_ = __ballot_sync(0xffffffffu, of_mine != kEmpty);
+      partial_ = __ballot_sync(0xffffffffu, of_mine == kPartial);
     }
 
     TileRange range_;
     const uint8_t* classes_;
     int window_ = 0;
-    uint32_t visited_ = 0;
+    uint32_t visited_ = 0, partial_ = 0;  // a bit per tile from window_ on
   };
 };
 

@@ -70,10 +70,11 @@ class Mainloop {
     load_q();
     load_k(n);
     ptx::cp_async_commit();
+    typename ScoreStep<T>::Bits bits;  // of the tile that comes next, so that nobody waits for them
+    bool has_bits = tiles.has_bits(n);
+    if (has_bits) scores_.load_bits(bits, p_.mask, block_.b, sequence_, n);
     while (n < tiles.end()) {
-      const bool crosses_band = tiles.crosses_band(n), has_bits = tiles.has_bits(n);
-      typename ScoreStep<T>::Bits bits;
-      if (has_bits) scores_.load_bits(bits, p_.mask, block_.b, sequence_, n);
+      const bool crosses_band = tiles.crosses_band(n);
       const int next = tiles.after(n);
       ptx::cp_async_wait<0>();
       __syncthreads();  // K has landed; nobody reads the last tile's V and P any more
@@ -86,6 +87,8 @@ class Mainloop {
       if constexpr (T::kHasBias) scores_.add_bias(s, careful);
       if (crosses_band) scores_.mask_band(s, sequence_, p_.band, n);
       if (has_bits) scores_.mask_bits(s, bits);
+      has_bits = tiles.has_bits(next);
+      if (has_bits) scores_.load_bits(bits, p_.mask, block_.b, sequence_, next);
       RowValues most;
       softmax.tile_max(s, most);
       if constexpr (kSharesRows) publish_max(most);
