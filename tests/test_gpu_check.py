@@ -132,6 +132,7 @@ def outcome(text: str, returncode: int = 0, timed_out: bool = False) -> process.
         (outcome("========= Invalid read\n========= ERROR SUMMARY: 2 errors", 86), "errors"),
         (outcome("========= RACECHECK SUMMARY: 1 hazard displayed (1 warning)"), "errors"),
         (outcome("========= Error: Device not supported. Please refer", 1), "refused"),
+        (outcome("Device not supported\n========= ERROR SUMMARY: 1 error", 86), "refused"),
         (outcome("begun", -2, timed_out=True), "timed out"),
         (outcome("attention: failed to load", 1), "failed"),
         (outcome("", 0), "failed"),
@@ -322,6 +323,7 @@ def test_a_stage_that_fails_does_not_end_the_others(tmp_path) -> None:
     assert found["broken"]["status"] == "failed"
     assert "ZeroDivisionError" in found["broken"]["reason"]
     assert found["next"]["kept"] == ["broken"]
+    assert "cannot be shown" not in (tmp_path / "summary.txt").read_text()
     assert "broken: failed" in (tmp_path / "summary.txt").read_text()
     assert summary.NOT_RUN_YET in (tmp_path / "summary.txt").read_text()
 
@@ -339,6 +341,12 @@ def test_without_a_gpu_nothing_else_runs(tmp_path) -> None:
     blind = stage("environment", 9, lambda c, s: {"status": "ok", "available": False}, False)
     found = run_all([blind, stage("tests", 9, lambda c, s: {"status": "ok"})], tmp_path, 60)
     assert found["tests"] == {"status": "not run", "reason": "torch sees no GPU"}
+
+
+def test_a_summary_that_fails_says_so(tmp_path) -> None:
+    odd = stage("timing", 9, lambda c, s: {"status": "ok", "rows": 5})
+    assert run_all([odd], tmp_path, 60)["timing"]["rows"] == 5
+    assert "cannot be shown: TypeError" in (tmp_path / "summary.txt").read_text()
 
 
 def test_stages_fit_eight_minutes() -> None:

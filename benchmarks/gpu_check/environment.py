@@ -43,7 +43,7 @@ def plan() -> list[str]:
 
 
 def collect(pack: Path | None, seconds: float) -> dict[str, Any]:
-    return {
+    found = {
         "status": "ok",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -53,6 +53,8 @@ def collect(pack: Path | None, seconds: float) -> dict[str, Any]:
         **about_torch(seconds),
         "compute_sanitizer": find_tool("compute-sanitizer"),
     }
+    packed = (found["pack"] or {}).get("architectures")
+    return found | {"architectures": architectures(found.get("library")) or packed}
 
 
 def source(pack: Path | None) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def nvidia_smi() -> dict[str, str] | str:
         return "nvidia-smi was not found"
     if done.returncode != 0:
         return f"nvidia-smi ended with {done.returncode}: {done.output.strip()[-300:]}"
-    values = done.output.strip().splitlines()[0].split(", ")
+    values = done.output.strip().partition("\n")[0].split(", ")
     return dict(zip(QUERY.split(","), values, strict=False))
 
 
@@ -92,6 +94,15 @@ def about_torch(seconds: float) -> dict[str, Any]:
     if about["load_error"]:
         return about | {"status": "failed", "reason": about["load_error"]}
     return about
+
+
+def architectures(library: str | None) -> list[str] | None:
+    """Of the machine code in the library, where there is a cuobjdump to ask."""
+    program = find_tool("cuobjdump")
+    if program is None or library is None:
+        return None
+    listing = run([program, "--list-elf", library], 30).output
+    return sorted(set(re.findall(r"\.(sm_\w+)\.cubin", listing)))
 
 
 def find_tool(name: str) -> str | None:

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+LOG_CHARACTERS = 4 << 20
+
 
 @dataclass
 class Outcome:
@@ -50,5 +52,5 @@ def run(
             elif sent is not None:
                 os.killpg(process.pid, sent)
     if log is not None:
-        log.write_text(output)
+        log.write_text(output[-LOG_CHARACTERS:])
     return Outcome(process.returncode, output, time.monotonic() - started, timed_out)

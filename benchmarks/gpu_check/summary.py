@@ -31,20 +31,28 @@ def text(report: dict[str, Any]) -> str:
         lines.append(f"{name}: {result['status']}{took}")
         if result.get("reason"):
             lines.append(f"  {result['reason']}")
-        lines += [f"  {line}" for line in DETAILS.get(name, lambda _: [])(result)]
+        lines += [f"  {line}" for line in details(name, result)]
     return "\n".join([*lines, "", NOT_RUN_YET, ""])
+
+
+def details(name: str, result: dict[str, Any]) -> list[str]:
+    """Whatever a stage left: a summary must not end the stages that are still to come."""
+    try:
+        return DETAILS.get(name, lambda _: [])(result)
+    except Exception as error:
+        return [f"cannot be shown: {type(error).__name__}: {error}"]
 
 
 def environment_lines(result: dict[str, Any]) -> list[str]:
     gpu = result.get("gpu") or {}
-    pack = result.get("pack") or {}
+    archs = result.get("architectures") or ["?"]
     dirty = " (modified)" if result.get("dirty") else ""
     return [
         f"{gpu.get('name', 'no GPU')}, nvidia-smi: {result.get('nvidia_smi')}",
         f"torch {result.get('torch')}, CUDA {result.get('torch_cuda')}, "
         f"cuDNN {result.get('cudnn')}, Python {result.get('python')}",
         f"sources {result.get('sha')}{dirty}; library {result.get('library')} "
-        f"for {', '.join(pack.get('architectures', ['?']))}, takes {result.get('kernel')}",
+        f"for {', '.join(archs)}, takes {result.get('kernel')}",
     ]
 
 
