@@ -159,8 +159,9 @@ class ValueStep {
         for (int i = 0; i < 4 * kSteps; ++i) p[m][i / 4][i % 4] = halves[m][i / 2][i % 2];
       }
     }
-    const auto v = warp_.template cursor<kRowChunks>(T::kV, 0, lane_address_rows32(warp_.lane()),
-                                                     warp_.index_n());
+    auto v = warp_.template cursor<kRowChunks>(T::kV, 0, lane_address_rows32(warp_.lane()),
+                                               warp_.index_n());
+    v.corner = recomputed(v.corner);  // its eight swizzled forms would be spilled
 #pragma unroll
     for (int c = 0; c < kTilesO / 2; ++c) {
       int32_t acc[kMmaM][2][4];
