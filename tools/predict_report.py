@@ -78,9 +78,12 @@ def ratio_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def target_table(judged: list[dict[str, Any]]) -> Table:
-    table = make_table("targets", "", "wanted", "predicted", "")
+    table = make_table("targets", "", "wanted", "predicted", "", "by rounds replayed")
     for line in judged:
         wanted = f"<= {line['at_most']}" if "at_most" in line else f">= {line['at_least']}"
         met = "[green]met[/]" if line["met_by_prediction"] else "[red]MISSED[/]"
-        table.add_row(line["target"], wanted, f"{line['predicted']:.3g}", met)
+        if line["met_by_prediction"] != line["met_with_all_rounds"]:
+            met = "[yellow]met, within the noise[/]"
+        by_rounds = ", ".join(f"{n}: {x:.4g}" for n, x in line["predicted_by_rounds"].items())
+        table.add_row(line["target"], wanted, f"{line['predicted']:.4g}", met, by_rounds)
     return table

@@ -26,7 +26,8 @@ SLICE = 18  # 1 / 18 of the SMs, of the memory bandwidth and of the blocks
 class Target:
     name: str
     bound: float  # least, or most if `at_most`, that the value may be
-    value: Callable[[dict[str, dict]], float]  # of the rows, by the case's name
+    cases: tuple[Case, ...]
+    value: Callable[..., float]  # of the rows of those cases
     at_most: bool = False
 
     def is_met(self, value: float) -> bool:
@@ -62,20 +63,25 @@ def by_seqlen(*tflops: float) -> dict[int, float]:
     return dict(zip(SEQLENS, tflops, strict=True))
 
 
-def tflops(case: str) -> Callable[[dict[str, dict]], float]:
-    return lambda rows: rows[case]["predicted_tflops"]
+def speed(case: Case, least: float) -> Target:
+    return Target(f"{case}: TFLOP/s", least, (case,), lambda row: row["predicted_tflops"])
 
 
-def ratio(case: str, base: str, key: str) -> Callable[[dict[str, dict]], float]:
-    return lambda rows: rows[case][key] / rows[base][key]
+def speedup(case: Case, base: Case, least: float) -> Target:
+    return Target(
+        f"{case}: speed / {base.dtype}",
+        least,
+        (case, base),
+        lambda row, other: row["predicted_tflops"] / other["predicted_tflops"],
+    )
 
 
-def slowdown(pattern: str, head_dim: int = 128) -> Target:
-    case = str(Case("fp16", head_dim, pattern, RATIO_SEQLEN))
+def slowdown(case: Case, most: float) -> Target:
     return Target(
         f"{case}: time / no mask",
-        1.15,
-        lambda rows: rows[case]["predicted_ratio_to_no_mask"],
+        most,
+        (case,),
+        lambda row: row["predicted_ratio_to_no_mask"],
         at_most=True,
     )
 
@@ -93,13 +99,9 @@ MACHINES = {
             *ratios("fp16", 128),
         ),
         targets=(
-            Target("fp16 D128 full 8192: TFLOP/s", 225, tflops("fp16 D128 full 8192")),
-            Target(
-                "int8 D128 full 8192: speed / fp16",
-                1.5,
-                ratio("int8 D128 full 8192", "fp16 D128 full 8192", "predicted_tflops"),
-            ),
-            *map(slowdown, (*DENSE, "bias")),
+            speed(Case("fp16", 128, "full", 8192), 225),
+            speedup(Case("int8", 128, "full", 8192), Case("fp16", 128, "full", 8192), 1.5),
+            *(slowdown(case, 1.15) for case in ratios("fp16", 128)),
         ),
         peer="FlashAttention's sm_80 kernel",
         peer_tflops={(128, "full"): {1024: 220, 4096: 227, 8192: 228}},
