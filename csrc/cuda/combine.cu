@@ -3,6 +3,7 @@
 #include "check.h"
 #include "combine.h"
 #include "launch.h"
+#include "layout.cuh"
 #include "quant.cuh"
 #include "seqlen.cuh"
 #include "softmax.cuh"
@@ -57,7 +58,7 @@ __global__ void combine_kernel(const __grid_constant__ Params p) {
   const float sum = warp_sum(weight * stats.y);
   const bool has_key = valid && sum != 0.0f;
   const float share = has_key ? weight / sum : 0.0f;
-  char* out = p.out.data + b * p.out.batch + head * p.out.head + i * p.out.row;
+  char* out = layout::Strided::rows(p.out, b, head, i);
   const float* parts = p.split.out + row * p.split.count * p.split.channels;
   for (int first = 0; first < p.head_dim; first += kWarp) {
     const int channel = first + lane;

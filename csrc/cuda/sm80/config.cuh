@@ -6,6 +6,7 @@
 
 #include "../element.cuh"
 #include "../fragment.cuh"
+#include "../layout.cuh"
 #include "../mask.cuh"
 #include "../quant.cuh"
 
@@ -51,6 +52,7 @@ template <class Element_, int kHeadDim_, class Mask_, bool kHasBias_, bool kComp
 struct Traits {
   using Element = Element_;
   using Mask = Mask_;
+  using Layout = layout::Strided;
   using Quant = quant::Of<Element>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHasBias = kHasBias_;

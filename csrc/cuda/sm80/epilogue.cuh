@@ -156,8 +156,7 @@ class Epilogue {
   template <int kOutBytes>
   __device__ void copy(bool second) const {
     constexpr int kChunks = T::kHeadDim * kOutBytes / kChunkBytes;
-    char* out = p_.out.data + block_.b * p_.out.batch + block_.head * p_.out.head +
-                sequence_.row_begin * p_.out.row;
+    char* out = T::Layout::rows(p_.out, block_.b, block_.head, sequence_.row_begin);
     const int rows = static_cast<int>(clamp64(p_.seqlen_q - sequence_.row_begin, 0, T::kBlockM));
     const int row_bytes = p_.head_dim * kOutBytes;
 #pragma unroll 1

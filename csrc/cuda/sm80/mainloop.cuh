@@ -17,6 +17,7 @@ namespace pfa::cuda::sm80 {
 template <class T>
 class Mainloop {
   using Element = typename T::Element;
+  using Layout = typename T::Layout;
   using Scores = typename Warp<T>::Scores;
   using RowValues = typename Warp<T>::RowValues;
   static constexpr bool kIsInteger = T::Quant::kIsInteger;
@@ -44,8 +45,8 @@ class Mainloop {
         scores_(params, warp_),
         values_(params, warp_) {
     const int head_k = block.head / params.heads_per_group;
-    k_ = params.k.data + block.b * params.k.batch + head_k * params.k.head;
-    v_ = params.v.data + block.b * params.v.batch + head_k * params.v.head;
+    k_ = Layout::rows(params.k, block.b, head_k);
+    v_ = Layout::rows(params.v, block.b, head_k);
   }
 
   // Could a key that some row must not see have reached it through V?
@@ -124,8 +125,7 @@ class Mainloop {
   }
 
   __device__ void load_q() {
-    const char* data = p_.q.data + block_.b * p_.q.batch + block_.head * p_.q.head +
-                       sequence_.row_begin * p_.q.row;
+    const char* data = Layout::rows(p_.q, block_.b, block_.head, sequence_.row_begin);
     const int bytes = p_.head_dim * Element::kBytes;
     CopyQ::start(warp_.shared + T::kQ, {data, p_.q.row, sequence_.rows, bytes, p_.q.vectorised},
                  thread());
