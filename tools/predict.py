@@ -298,7 +298,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     machine = MACHINES[options.machine]
     cases = [case for case in machine.cases if options.filter in str(case)]
     if not cases:
