@@ -42,6 +42,8 @@ DEFAULT_ARCH_FLAGS = [
     "-gencode=arch=compute_80,code=sm_90",
     "-gencode=arch=compute_80,code=compute_80",
 ]
+# For compute_90a alone: csrc/cuda/sm90 is compiled and used. Not in DEFAULT_ARCH_FLAGS yet.
+WITH_SM90A = "-DPFA_WITH_SM90A"
 OLDEST_ARCH = 80
 
 
@@ -137,6 +139,8 @@ def nvcc_flags(present: str | None = None) -> list[str]:
     else:
         flags = arch_flags(arch_list) if arch_list else list(DEFAULT_ARCH_FLAGS)
         flags.append("-Xfatbin=-compress-all")  # 0.5 instead of 1.7 MB for head_dim 64 of one type
+    if any("compute_90a" in flag for flag in flags):
+        flags.append(WITH_SM90A)
     if os.environ.get("PFA_LINEINFO") == "1":
         flags.append("-lineinfo")
     threads = os.environ.get("PFA_NVCC_THREADS")

@@ -58,6 +58,15 @@ def test_arch_list_is_checked(arch_list: str) -> None:
         _build.arch_flags(arch_list)
 
 
+def test_sm90a_is_opted_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of csrc/cuda/sm90 are in no library that did not ask for them."""
+    assert _build.WITH_SM90A not in _build.nvcc_flags()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+    assert _build.WITH_SM90A not in _build.nvcc_flags()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+    assert _build.WITH_SM90A in _build.nvcc_flags()
+
+
 def test_default_archs(monkeypatch: pytest.MonkeyPatch) -> None:
     machine_code_and_ptx = ["80,code=sm_80", "80,code=sm_90", "80,code=compute_80"]
     assert gencodes(_build.nvcc_flags()) == machine_code_and_ptx

@@ -99,8 +99,8 @@ Kernels sm90_bucket(int64_t head_dim) {
 
 Kernels sm90_kernels(const Problem& problem) {
   const bool is_bf16 = problem.dtype == DType::kBFloat16;
-  return is_bf16 ? sm90_bucket<BFloat16, 64, 96, 128, 192, 256>(problem.head_dim)
-                 : sm90_bucket<Float16, 64, 96, 128, 192, 256>(problem.head_dim);
+  return is_bf16 ? sm90_bucket<BFloat16, 64, 128, 256>(problem.head_dim)
+                 : sm90_bucket<Float16, 64, 128, 256>(problem.head_dim);
 }
 #endif
 
@@ -159,23 +159,17 @@ Params base_params(const Problem& p) {
   return params;
 }
 
-// Why a call does not take the kernels for compute capability 9.0: empty if it does.
-std::string why_not_sm90(const Problem& p, const Device& gpu) {
-  if (gpu.compute_capability / 10 != 9) return "the GPU is of another compute capability";
 #ifdef PFA_WITH_SM90A
-  if (p.dtype == DType::kInt8) return "int8";
-  if (p.dtype_out != p.dtype) return "int8 output";
-  if (p.head_dim > 256) return "head_dim above 256";
-  if (!sm90::is_mappable(base_params(p))) return "addresses or strides that TMA cannot read";
-  return "";
-#else
-  return "the library was compiled without sm_90a";
-#endif
+// Does a call take the kernels for compute capability 9.0? They read by TMA.
+bool takes_sm90(const Problem& p, const Device& gpu) {
+  return gpu.compute_capability / 10 == 9 && p.dtype != DType::kInt8 && p.dtype_out == p.dtype &&
+         p.head_dim <= 256 && sm90::is_mappable(base_params(p));
 }
+#endif
 
-Kernels kernels_of(const Problem& problem, const Device& gpu) {
+Kernels kernels_of(const Problem& problem, [[maybe_unused]] const Device& gpu) {
 #ifdef PFA_WITH_SM90A
-  if (why_not_sm90(problem, gpu).empty()) return sm90_kernels(problem);
+  if (takes_sm90(problem, gpu)) return sm90_kernels(problem);
 #endif
   return sm80_kernels(problem);
 }

@@ -35,8 +35,10 @@ struct BlockIndex {
 
 PFA_HOST_DEVICE BlockIndex decode_block(const Params& p, int64_t index) {
   BlockIndex block{};
-  block.split = static_cast<int>(index % p.split.count);
-  index /= p.split.count;
+  if (p.split.count > 1) {  // a division costs some fifty instructions
+    block.split = static_cast<int>(index % p.split.count);
+    index /= p.split.count;
+  }
   if (p.batch_innermost) {
     block.b = index % p.batch;
     index /= p.batch;
@@ -90,6 +92,7 @@ struct Sequence {
     range.end = end > begin ? static_cast<int>((end + kBlockN - 1) / kBlockN) : range.begin;
     range.full_begin = static_cast<int>((full_begin + kBlockN - 1) / kBlockN);
     range.full_end = static_cast<int>(full_end / kBlockN);
+    if (num_splits == 1) return range;
     const int64_t tiles = range.end - range.begin, first = range.begin;
     range.begin = static_cast<int>(first + tiles * split / num_splits);
     range.end = static_cast<int>(first + tiles * (split + 1) / num_splits);

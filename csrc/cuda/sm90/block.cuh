@@ -24,21 +24,28 @@ class Schedule {
  public:
   __device__ explicit Schedule(const Arguments& arguments) : a_(arguments) {}
 
-  // Of the iteration; -1 if there is none left.
-  [[nodiscard]] __device__ int64_t block_of(int iteration) const {
-    if (!a_.in_pairs) return limited(index(iteration), a_.blocks);
-    const int64_t half = a_.params.num_m_blocks / 2, pair = index(iteration / 2);
-    if (pair >= a_.blocks / 2) return -1;
-    const int64_t head = pair / half, m = pair % half;
-    const int64_t in_head = iteration % 2 == 0 ? m : a_.params.num_m_blocks - 1 - m;
-    return head * a_.params.num_m_blocks + in_head;
+  // The block of an iteration; false if there is none left.
+  __device__ bool find(int iteration, BlockIndex& block) const {
+    const Params& p = a_.params;
+    if (!a_.in_pairs) {
+      if (index(iteration) >= a_.blocks) return false;
+      block = decode_block(p, index(iteration));
+      return true;
+    }
+    const int64_t pairs = p.num_m_blocks / 2, pair = index(iteration / 2);
+    if (pair >= a_.blocks / 2) return false;
+    const int64_t head = pair / pairs, m = pair - head * pairs;
+    block.b = head / p.num_heads;
+    block.head = static_cast<int>(head - block.b * p.num_heads);
+    block.m_block = iteration % 2 != 0 ? m : p.num_m_blocks - 1 - m;
+    block.split = 0;
+    return true;
   }
 
  private:
   [[nodiscard]] __device__ int64_t index(int turn) const {
     return a_.params.first_block + blockIdx.x + static_cast<int64_t>(turn) * gridDim.x;
   }
-  __device__ static int64_t limited(int64_t index, int64_t end) { return index < end ? index : -1; }
 
   const Arguments& a_;
 };
@@ -50,8 +57,8 @@ struct Work {
   Sequence sequence;
   TileRange range;
 
-  __device__ Work(const Params& p, int64_t index)
-      : block(decode_block(p, index)),
+  __device__ Work(const Params& p, const BlockIndex& index)
+      : block(index),
         sequence(Sequence::of<T::kBlockM>(p, block)),
         range(sequence.template tiles<T::kBlockN>(p.band, block.split, p.split.count)) {}
 };
@@ -75,6 +82,10 @@ template <class T>
 struct Shared {
   uint32_t base;  // a multiple of 1024
 
+  // The same memory as C++ sees it.
+  [[nodiscard]] __device__ static char* pointer(uint32_t address) {
+    return static_cast<char*>(__cvta_shared_to_generic(address));
+  }
   [[nodiscard]] __device__ uint32_t q() const { return base + T::kQ; }
   [[nodiscard]] __device__ uint32_t k(int stage) const { return base + T::kK + stage * T::kBytesK; }
   [[nodiscard]] __device__ uint32_t v(int stage) const { return base + T::kV + stage * T::kBytesK; }
@@ -84,15 +95,21 @@ struct Shared {
   [[nodiscard]] __device__ uint32_t full_q() const { return barrier(0); }
   [[nodiscard]] __device__ uint32_t empty_q() const { return barrier(1); }
   [[nodiscard]] __device__ uint32_t full_k(int stage) const { return barrier(2 + stage); }
-  [[nodiscard]] __device__ uint32_t empty_k(int stage) const { return barrier(4 + stage); }
-  [[nodiscard]] __device__ uint32_t full_v(int stage) const { return barrier(6 + stage); }
-  [[nodiscard]] __device__ uint32_t empty_v(int stage) const { return barrier(8 + stage); }
+  [[nodiscard]] __device__ uint32_t empty_k(int stage) const {
+    return barrier(2 + T::kStages + stage);
+  }
+  [[nodiscard]] __device__ uint32_t full_v(int stage) const {
+    return barrier(2 + 2 * T::kStages + stage);
+  }
+  [[nodiscard]] __device__ uint32_t empty_v(int stage) const {
+    return barrier(2 + 3 * T::kStages + stage);
+  }
 
   __device__ void init_barriers() const {
     constexpr int kWarps = T::kConsumerThreads / kWarp;
     ptx::mbarrier_init(full_q(), 1);
     ptx::mbarrier_init(empty_q(), kWarps);
-    for (int stage = 0; stage < kStages; ++stage) {
+    for (int stage = 0; stage < T::kStages; ++stage) {
       ptx::mbarrier_init(full_k(stage), 1);
       ptx::mbarrier_init(empty_k(stage), kWarps);
       ptx::mbarrier_init(full_v(stage), 1);
@@ -106,29 +123,33 @@ struct Shared {
 };
 
 // Iterations that have to run again: a bit each, shared by iterations that are kBits apart.
+template <class T>
 class Suspects {
  public:
-  static constexpr int kBits = 1024, kOffset = 128;  // behind the barriers
-  __device__ explicit Suspects(char* control)
-      : bits_(reinterpret_cast<uint32_t*>(control + kOffset)) {}
+  static constexpr int kBits = 1024;
+  __device__ explicit Suspects(const Shared<T>& shared) : words_(shared.base + T::kSuspects) {}
 
   __device__ void clear() const {
-    if (threadIdx.x < kBits / 32) bits_[threadIdx.x] = 0;
+    if (threadIdx.x < kBits / 32) *word(static_cast<int>(threadIdx.x)) = 0;
   }
   __device__ void add(int iteration) const {
-    atomicOr(bits_ + iteration % kBits / 32, 1u << iteration % 32);
+    atomicOr(word(iteration % kBits / 32), 1u << iteration % 32);
   }
   [[nodiscard]] __device__ bool has(int iteration) const {
-    return (bits_[iteration % kBits / 32] >> iteration % 32 & 1) != 0;
+    return (*word(iteration % kBits / 32) >> iteration % 32 & 1) != 0;
   }
   [[nodiscard]] __device__ bool any() const {
     uint32_t found = 0;
-    for (int i = 0; i < kBits / 32; ++i) found |= bits_[i];
+    for (int i = 0; i < kBits / 32; ++i) found |= *word(i);
     return found != 0;
   }
 
  private:
-  uint32_t* bits_;
+  [[nodiscard]] __device__ uint32_t* word(int i) const {
+    return reinterpret_cast<uint32_t*>(Shared<T>::pointer(words_ + 4 * i));
+  }
+
+  uint32_t words_;
 };
 
 // Named barriers.

@@ -12,23 +12,23 @@
 namespace pfa::cuda::sm90 {
 
 constexpr int kWarpgroup = 128;  // threads
-constexpr int kStages = 2;       // tiles of K and of V in shared memory
 constexpr int kSharedLimit = 227 * 1024;
 
 struct Tile {
-  int block_m;                                                            // query rows of a block
-  int block_n;                                                            // keys of a tile
+  int block_m;  // query rows of a block
+  int block_n;  // keys of a tile
+  int stages;   // tiles of K and of V in shared memory
   [[nodiscard]] constexpr int consumers() const { return block_m / 64; }  // warpgroups
 };
 
 // The tile plan. The packed mask is kept in cells of 64 keys, and classifies tiles that divide 256;
-// the bias arrives in boxes of 64 keys.
+// the bias arrives in boxes of 64 keys. 192 rows at head_dim 64 would leave 160 registers to a
+// consumer, with which ptxas serialises wgmma.
 PFA_HOST_DEVICE constexpr Tile tile_of(int head_dim, bool is_dense, bool has_bias) {
   const bool whole_cells = is_dense || has_bias;
-  if (head_dim <= 64) return {192, 128};
-  if (head_dim <= 128) return {128, 128};
-  if (head_dim <= 192) return {128, whole_cells ? 64 : 112};
-  return {128, whole_cells ? 64 : 80};
+  if (head_dim <= 64) return {128, 128, has_bias ? 3 : 4};
+  if (head_dim <= 128) return {128, 128, has_bias ? 2 : 3};
+  return {128, whole_cells ? 64 : 80, 2};
 }
 
 template <class Element_, int kHeadDim_, class Mask_, bool kHasBias_>
@@ -47,11 +47,13 @@ struct Traits {
   static constexpr Tile kTile = tile_of(kHeadDim, kIsDense, kHasBias);
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
+  static constexpr int kStages = kTile.stages;
   static constexpr int kConsumers = kTile.consumers();
   static constexpr int kConsumerThreads = kConsumers * kWarpgroup;
   static constexpr int kThreads = kConsumerThreads + kWarpgroup;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr bool kTakesTurns = kHeadDim <= 128;
   static constexpr int kTilesS = kBlockN / 8;   // 8-key accumulators of a warp
   static constexpr int kTilesO = kHeadDim / 8;  // 8-channel accumulators of a warp
 
@@ -77,13 +79,10 @@ struct Traits {
   static constexpr int kK = kQ + kBytesQ;
   static constexpr int kV = kK + kStages * kBytesK;
   static constexpr int kBias = kV + kStages * kBytesK;
-  static constexpr int kEnd = kBias + kStages * kBytesBias;
-  static constexpr int kControlBytes = 1024;
-  // The output is staged beside the queries, so that the next ones can arrive, or where they were.
-  static constexpr bool kStagesApart = kEnd + kBytesQ + kControlBytes + 1024 <= kSharedLimit;
-  static constexpr int kOut = kStagesApart ? kEnd : kQ;
-  static constexpr int kControl = kStagesApart ? kEnd + kBytesQ : kEnd;
-  static constexpr int kSharedBytes = kControl + kControlBytes + 1024;  // for the alignment
+  static constexpr int kControl = kBias + kStages * kBytesBias;
+  static constexpr int kControlBytes = 512;  // barriers
+  static constexpr int kSuspects = kControl + kControlBytes;
+  static constexpr int kSharedBytes = kSuspects + 512 + 1024;  // for the alignment
   static_assert(kSharedBytes <= kSharedLimit);
 };
 

@@ -19,26 +19,25 @@ class Consumer {
   float acc_o[1][kTilesO][4];
   Softmax<1> softmax;
 
-  __device__ Consumer(const Arguments& arguments, const Shared<T>& shared, char* memory)
+  __device__ Consumer(const Arguments& arguments, const Shared<T>& shared)
       : p_(arguments.params),
         shared_(shared),
-        memory_(memory),
         warpgroup_(static_cast<int>(threadIdx.x / kWarpgroup) - 1),
         row_(static_cast<int>((threadIdx.x - kWarpgroup) / kWarp) * 16),
-        scores_(arguments.params, row_) {}
+        scores_(arguments.params, row_) {
+    if (T::kTakesTurns && warpgroup_ == T::kConsumers - 1) pass_turn();
+  }
 
   // The warp's first row in the block.
   [[nodiscard]] __device__ int row() const { return row_; }
   [[nodiscard]] __device__ int warpgroup() const { return warpgroup_; }
 
-  // False if there are no keys to see. Otherwise the queries' buffer is not given back where the
-  // epilogue needs it. careful: keys that a row does not see cannot reach it, whatever stands in K
-  // and V.
-  __device__ bool run(const Work<T>& work, bool careful) {
+  // careful: keys that a row does not see cannot reach it, whatever stands in K and V.
+  __device__ void run(const Work<T>& work, bool careful) {
     clear();
     Tiles tiles(p_, work.block, work.range);
     int n = tiles.first();
-    if (n >= tiles.end()) return false;
+    if (n >= tiles.end()) return;
     Scores<T> s;
     uint32_t p[kTilesS / 2][4];
     Bits bits;
@@ -56,9 +55,11 @@ class Consumer {
     for (int next = tiles.after(n); next < tiles.end(); next = tiles.after(n)) {
       has_bits = load_bits(bits, tiles, work, next);
       wait_for_keys(careful);
+      wait_for_turn();
       start_scores(s);
       ptx::mbarrier_wait(shared_.full_v(v_.stage), v_.parity);
       start_values(p);
+      pass_turn();
       ptx::wgmma_wait<1>();
       hold(s[0]);
       finish_scores(s, tiles, work, next, has_bits, bits, careful);
@@ -69,33 +70,28 @@ class Consumer {
       pack(s, p);
       n = next;
     }
-    if constexpr (T::kStagesApart) release(shared_.empty_q());
+    release(shared_.empty_q());
     ptx::mbarrier_wait(shared_.full_v(v_.stage), v_.parity);
     start_values(p);
     finish_values();
-    return true;
-  }
-
-  // Tells the producer that this warp does not read a buffer any more.
-  __device__ static void release(uint32_t empty) {
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(empty);
   }
 
   // Could a key that some row must not see have reached it through V?
   [[nodiscard]] __device__ bool has_nonfinite_output(const Sequence& sequence) const {
-    float zeros = 0.0f;
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
+    bool found = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int lane = static_cast<int>(threadIdx.x % kWarp);
-      if (row_ + accumulator_row(lane, 2 * r) >= sequence.rows) continue;
+      float zeros[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int n = 0; n < kTilesO; ++n) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) zeros = fmaf(acc_o[0][n][2 * r + c], 0.0f, zeros);
+        for (int c = 0; c < 2; ++c) zeros[c] = fmaf(acc_o[0][n][2 * r + c], 0.0f, zeros[c]);
       }
+      const bool is_valid = row_ + accumulator_row(lane, 2 * r) < sequence.rows;
+      found |= is_valid && zeros[0] + zeros[1] != 0.0f;
     }
-    return zeros != 0.0f;
+    return found;
   }
 
  private:
@@ -111,6 +107,12 @@ class Consumer {
     }
   }
 
+  // Tells the producer that this warp does not read a buffer any more.
+  __device__ static void release(uint32_t empty) {
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(empty);
+  }
+
   __device__ bool load_bits(Bits& bits, const Tiles& tiles, const Work<T>& work, int n) const {
     const bool has_bits = tiles.has_bits(n);
     if (has_bits) scores_.load_bits(bits, work, n);
@@ -120,6 +122,17 @@ class Consumer {
   __device__ void wait_for_keys(bool careful) {
     ptx::mbarrier_wait(shared_.full_k(k_.stage), k_.parity);
     if (careful) isolate_nonfinite_values();
+  }
+
+  // Warpgroups start their products in turns, so that the softmax of one meets the products of
+  // another.
+  __device__ void wait_for_turn() const {
+    if constexpr (T::kTakesTurns) ptx::barrier_sync(kTurnOfConsumer + warpgroup_, 2 * kWarpgroup);
+  }
+  __device__ void pass_turn() const {
+    if constexpr (!T::kTakesTurns) return;
+    const int next = warpgroup_ == T::kConsumers - 1 ? 0 : warpgroup_ + 1;
+    ptx::barrier_arrive(kTurnOfConsumer + next, 2 * kWarpgroup);
   }
 
   // Q K^T of the tile that k_ points to.
@@ -205,8 +218,8 @@ class Consumer {
   __device__ void isolate_nonfinite_values() {
     ptx::mbarrier_wait(shared_.full_v(k_.stage), k_.parity);  // V's ring turns like K's
     const int first = static_cast<int>(threadIdx.x) - kWarpgroup;
-    char* v = memory_ + (shared_.v(k_.stage) - shared_.base);
-    char* k = memory_ + (shared_.k(k_.stage) - shared_.base);
+    char* v = Shared<T>::pointer(shared_.v(k_.stage));
+    char* k = Shared<T>::pointer(shared_.k(k_.stage));
 #pragma unroll 1
     for (int key = first; key < T::kBlockN; key += T::kConsumerThreads) {
       bool found = false;
@@ -233,11 +246,10 @@ class Consumer {
 
   const Params& p_;
   Shared<T> shared_;
-  char* memory_;
   int warpgroup_, row_;
   ScoreStep<T> scores_;
   Turn<1> q_;
-  Turn<kStages> k_, v_;
+  Turn<T::kStages> k_, v_;
 };
 
 }  // namespace pfa::cuda::sm90

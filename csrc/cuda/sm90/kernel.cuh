@@ -13,13 +13,13 @@ namespace pfa::cuda::sm90 {
 // keys may have brought it in, and the block runs again with those keys isolated. Rows that see
 // such a key keep the first run's result.
 template <class T, class Step>
-__device__ void for_each_block(const Arguments& a, const Suspects& suspects, const Step& step) {
+__device__ void for_each_block(const Arguments& a, const Suspects<T>& suspects, const Step& step) {
   const Schedule schedule(a);
   for (bool second = false;; second = true) {
     for (int iteration = 0;; ++iteration) {
-      const int64_t index = schedule.block_of(iteration);
-      if (index < 0) break;
-      if (!second || suspects.has(iteration)) step(Work<T>(a.params, index), iteration, second);
+      BlockIndex block{};
+      if (!schedule.find(iteration, block)) break;
+      if (!second || suspects.has(iteration)) step(Work<T>(a.params, block), iteration, second);
     }
     if (second) return;
     ptx::barrier_sync(kAllThreads, T::kThreads);
@@ -30,9 +30,8 @@ __device__ void for_each_block(const Arguments& a, const Suspects& suspects, con
 template <class T>
 __device__ __forceinline__ void forward(const Arguments& a) {
   extern __shared__ char unaligned[];
-  char* memory = unaligned + (1024 - ptx::shared_address(unaligned) % 1024) % 1024;
-  const Shared<T> shared{ptx::shared_address(memory)};
-  const Suspects suspects(memory + T::kControl);
+  const Shared<T> shared{(ptx::shared_address(unaligned) + 1023) / 1024 * 1024};
+  const Suspects<T> suspects(shared);
   suspects.clear();
   if (threadIdx.x == 0) {
     shared.init_barriers();
@@ -49,11 +48,11 @@ __device__ __forceinline__ void forward(const Arguments& a) {
     });
   } else {
     ptx::take_registers<T::kConsumerRegisters>();
-    Consumer<T> consumer(a, shared, memory);
+    Consumer<T> consumer(a, shared);
     for_each_block<T>(a, suspects, [&](const Work<T>& work, int iteration, bool second) {
-      const bool has_keys = consumer.run(work, second);
+      consumer.run(work, second);
       if (!second && consumer.has_nonfinite_output(work.sequence)) suspects.add(iteration);
-      Epilogue<T>::store(a.params, work, consumer, shared, memory, has_keys, second);
+      Epilogue<T>::store(a.params, work, consumer, second);
     });
   }
 }

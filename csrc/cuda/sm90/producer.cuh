@@ -94,7 +94,7 @@ class Producer {
   Shared<T> shared_;
   bool elected_;
   Turn<1> q_;
-  Turn<kStages> k_, v_;
+  Turn<T::kStages> k_, v_;
 };
 
 }  // namespace pfa::cuda::sm90
