@@ -20,17 +20,9 @@ class Consumer {
   Softmax<1> softmax;
 
   __device__ Consumer(const Arguments& arguments, const Shared<T>& shared)
-      : p_(arguments.params),
-        shared_(shared),
-        warpgroup_(static_cast<int>(threadIdx.x / kWarpgroup) - 1),
-        row_(static_cast<int>((threadIdx.x - kWarpgroup) / kWarp) * 16),
-        scores_(arguments.params, row_) {
-    if (T::kTakesTurns && warpgroup_ == T::kConsumers - 1) pass_turn();
+      : p_(arguments.params), shared_(shared), scores_(arguments.params) {
+    if (T::kTakesTurns && warpgroup() == T::kConsumers - 1) pass_turn();
   }
-
-  // The warp's first row in the block.
-  [[nodiscard]] __device__ int row() const { return row_; }
-  [[nodiscard]] __device__ int warpgroup() const { return warpgroup_; }
 
   // careful: keys that a row does not see cannot reach it, whatever stands in K and V.
   __device__ void run(const Work<T>& work, bool careful) {
@@ -88,7 +80,7 @@ class Consumer {
 #pragma unroll
         for (int c = 0; c < 2; ++c) zeros[c] = fmaf(acc_o[0][n][2 * r + c], 0.0f, zeros[c]);
       }
-      const bool is_valid = row_ + accumulator_row(lane, 2 * r) < sequence.rows;
+      const bool is_valid = first_row() + accumulator_row(lane, 2 * r) < sequence.rows;
       found |= is_valid && zeros[0] + zeros[1] != 0.0f;
     }
     return found;
@@ -105,6 +97,10 @@ class Consumer {
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc_o[0][n][e] = 0.0f;
     }
+  }
+
+  [[nodiscard]] __device__ static int warpgroup() {
+    return static_cast<int>(threadIdx.x / kWarpgroup) - 1;
   }
 
   // Tells the producer that this warp does not read a buffer any more.
@@ -127,11 +123,11 @@ class Consumer {
   // Warpgroups start their products in turns, so that the softmax of one meets the products of
   // another.
   __device__ void wait_for_turn() const {
-    if constexpr (T::kTakesTurns) ptx::barrier_sync(kTurnOfConsumer + warpgroup_, 2 * kWarpgroup);
+    if constexpr (T::kTakesTurns) ptx::barrier_sync(kTurnOfConsumer + warpgroup(), 2 * kWarpgroup);
   }
   __device__ void pass_turn() const {
     if constexpr (!T::kTakesTurns) return;
-    const int next = warpgroup_ == T::kConsumers - 1 ? 0 : warpgroup_ + 1;
+    const int next = warpgroup() == T::kConsumers - 1 ? 0 : warpgroup() + 1;
     ptx::barrier_arrive(kTurnOfConsumer + next, 2 * kWarpgroup);
   }
 
@@ -139,7 +135,7 @@ class Consumer {
   __device__ void start_scores(Scores<T>& s) const {
     constexpr int kSteps = T::kBoxColumns / 16;  // of a box
     const uint64_t q =
-        Descriptor<T::kBoxRowBytes>::of(shared_.q() + warpgroup_ * (64 * T::kBoxRowBytes), 16);
+        Descriptor<T::kBoxRowBytes>::of(shared_.q() + warpgroup() * (64 * T::kBoxRowBytes), 16);
     const uint64_t k = Descriptor<T::kBoxRowBytes>::of(shared_.k(k_.stage), 16);
     hold(s[0]);
     ptx::wgmma_fence();
@@ -246,7 +242,6 @@ class Consumer {
 
   const Params& p_;
   Shared<T> shared_;
-  int warpgroup_, row_;
   ScoreStep<T> scores_;
   Turn<1> q_;
   Turn<T::kStages> k_, v_;

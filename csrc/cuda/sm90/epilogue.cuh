@@ -15,7 +15,7 @@ class Epilogue {
   // second: only rows whose statistics are numbers are written.
   __device__ static void store(const Params& p, const Work<T>& work, Consumer<T>& consumer,
                                bool second) {
-    const Epilogue epilogue(p, work, consumer.row());
+    const Epilogue epilogue(p, work);
     consumer.softmax.finalise();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -28,10 +28,12 @@ class Epilogue {
   }
 
  private:
-  __device__ Epilogue(const Params& p, const Work<T>& work, int row)
-      : p_(p), work_(work), row_(row), lane_(static_cast<int>(recomputed(threadIdx.x) % kWarp)) {}
+  __device__ Epilogue(const Params& p, const Work<T>& work)
+      : p_(p), work_(work), lane_(static_cast<int>(recomputed(threadIdx.x) % kWarp)) {}
 
-  [[nodiscard]] __device__ int row_of(int r) const { return row_ + accumulator_row(lane_, 2 * r); }
+  [[nodiscard]] __device__ int row_of(int r) const {
+    return first_row() + accumulator_row(lane_, 2 * r);
+  }
 
   // A lane holds 4 bytes of each 8 channels. It swaps with its neighbour: of 16 channels, even
   // lanes then have 8 bytes of the first half and odd ones of the second, a sector for each row.
@@ -93,7 +95,6 @@ class Epilogue {
 
   const Params& p_;
   const Work<T>& work_;
-  int row_;  // the warp's first in the block
   int lane_;
 };
 

@@ -11,6 +11,11 @@ namespace pfa::cuda::sm90 {
 template <class T>
 using Scores = float[1][T::kTilesS][4];
 
+// The consumer warp's first row in the block.
+__device__ __forceinline__ int first_row() {
+  return static_cast<int>((recomputed(threadIdx.x) - kWarpgroup) / kWarp) * 16;
+}
+
 template <class T>
 class ScoreStep {
   using Element = typename T::Element;
@@ -22,9 +27,8 @@ class ScoreStep {
   static constexpr int kWords = (T::kBlockN + kMaskKeys - 1) / kMaskKeys;
   using Bits = uint32_t[kWords];
 
-  // row: the warp's first in the block.
-  __device__ ScoreStep(const Params& p, int row)
-      : p_(p), row_(row), scale_(real_scale(p)), unit_(score_unit(p)) {}
+  __device__ explicit ScoreStep(const Params& p)
+      : p_(p), scale_(real_scale(p)), unit_(score_unit(p)) {}
 
   // What one unit of the scores is worth in powers of two.
   [[nodiscard]] __device__ float unit() const { return unit_; }
@@ -46,7 +50,7 @@ class ScoreStep {
     constexpr int kChunks = T::kBiasColumns * 2 / kChunkBytes, kTiles = T::kBiasColumns / 8;
     const LaneAddress lane = lane_address_rows16(static_cast<int>(threadIdx.x % kWarp));
     const LaneCursor<kChunks> cursor{
-        bias + static_cast<uint32_t>(chunk_offset<kChunks>(row_ + lane.row, lane.chunk))};
+        bias + static_cast<uint32_t>(chunk_offset<kChunks>(first_row() + lane.row, lane.chunk))};
 #pragma unroll
     for (int n = 0; n < kTilesS; n += 2) {
       uint32_t r[4];  // rows 0..7 and 8..15 of tile n, then of tile n + 1
@@ -71,7 +75,7 @@ class ScoreStep {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const mask::Columns columns = mask::columns_of_row(
-          sequence, p_.band, row_ + accumulator_row(lane, 2 * r), tile_begin, T::kBlockN);
+          sequence, p_.band, first_row() + accumulator_row(lane, 2 * r), tile_begin, T::kBlockN);
       const int skipped = columns.first - first_column;
       const auto width = static_cast<unsigned>(max(columns.last - columns.first, 0));
 #pragma unroll
@@ -91,7 +95,7 @@ class ScoreStep {
     static_assert(!T::kIsDense || T::kBlockN % kMaskKeys == 0);
     const PackedMaskParams& packed = p_.mask;
     const int64_t cell = static_cast<int64_t>(n) * kWords;
-    const int64_t row_group = (work.sequence.row_begin + row_) / kMaskRows;
+    const int64_t row_group = (work.sequence.row_begin + first_row()) / kMaskRows;
     const uint32_t* words = packed.bits + work.block.b * packed.bits_batch +
                             row_group * packed.bits_row_group + cell * kWarp + threadIdx.x % kWarp;
 #pragma unroll
@@ -114,7 +118,6 @@ class ScoreStep {
 
  private:
   const Params& p_;
-  int row_;
   float scale_;  // of a sum, its sign included
   float unit_;
 };
