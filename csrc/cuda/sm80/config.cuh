@@ -23,8 +23,8 @@ struct Tile {
 
 // The tile plan. Warps of 16 rows leave registers for three or four blocks on an SM, whose softmax
 // and products fill each other's gaps; with a bias in shared memory beside them two larger blocks
-// do better. Predicted for an A100 at 8192 keys, full attention, in TFLOP/s or TOPS, with two rounds
-// of blocks replayed (four rounds predict 226 where 232 stands):
+// do better. Predicted for an A100 at 8192 keys, full attention, in TFLOP/s or TOPS, with two
+// rounds of blocks replayed (four rounds predict 226 where 232 stands):
 //   fp16 D64:  64x64 x4 blocks 197, 128x64 x3 189      int8 D64:  64x128 x4 281, 64x64 x4 246
 //   fp16 D128: 64x64 x3 232, 64x128 x2 213, 128x64 x2 216; int8 D128: 64x128 x3 369, 64x64 x3 331
 //   fp16 D128 with a bias: 128x64 x2 205, 64x32 x3 193, 64x64 x2 167
