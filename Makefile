@@ -11,7 +11,7 @@ BUILT := .venv/built.stamp
 BUILD_FILES := $(INSTALLED) setup.py pfa/_build.py $(CSRC)
 CUDA_LIBRARY := build/cuda/_C.abi3.so
 SIM_LIBRARY := build/sim/_C.abi3.so
-SIM_ARCHS ?= 8.0
+SIM_ARCHS ?= 8.0 9.0a
 SIM_RUNTIME := build/cudasim/build/libcudart.so.13
 SIM_HARNESS := build/predict/attention
 CUTLASS := third_party/cutlass
@@ -78,8 +78,11 @@ sim: $(SIM_LIBRARY)  ## the library with PTX alone, for a simulator (SIM_ARCHS="
 cudasim: $(SIM_RUNTIME)  ## build the simulator whose sources are in CUDASIM=dir
 
 test-sim: $(SIM_RUNTIME) $(SIM_LIBRARY)  ## run the CUDA kernels on the CPU (CUDASIM=dir ARGS=...)
-	CUDASIM=build/cudasim CUDASIM_THREADS=1 PFA_LIBRARY=$(SIM_LIBRARY) \
-	  $(RUN) -m pytest -q --backend sim -n auto $(ARGS)
+	@for cc in 80 90; do \
+	  echo "as a GPU of compute capability $$cc"; \
+	  CUDASIM=build/cudasim CUDASIM_CC=$$cc CUDASIM_THREADS=1 PFA_LIBRARY=$(SIM_LIBRARY) \
+	    $(RUN) -m pytest -q --backend sim -n auto $(ARGS) || exit 1; \
+	done
 
 predict: $(SIM_RUNTIME) $(SIM_HARNESS)  ## predict the CUDA kernels' speed with the simulator's timing model (ARGS="--filter D128")
 	@$(RUN) tools/predict.py $(ARGS)

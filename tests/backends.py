@@ -41,6 +41,10 @@ class Backend:
         head_dim = call.query.shape[-1] // (call.num_heads if call.layout == "BSH" else 1)
         return reference.Plan(block_m=96, block_n=256 if head_dim <= 256 else 128)
 
+    def kernel(self, call: Call) -> str:
+        """The name of the kernel that it takes."""
+        return "cpu"
+
 
 class Simulator(Backend):
     """CPU tensors; PFA_FORCE_BACKEND sends them to the CUDA kernels."""
@@ -52,6 +56,12 @@ class Simulator(Backend):
         import pfa
 
         return pfa._library.cuda_choice(*call.args, **call.options)
+
+    def compute_capability(self) -> str:
+        return os.environ["CUDASIM_CC"]
+
+    def kernel(self, call: Call) -> str:
+        return self.choice(call).kernel
 
     def plan(self, call: Call) -> reference.Plan:
         choice = self.choice(call)
@@ -70,6 +80,9 @@ class Gpu(Simulator):
         args, options = to_gpu(call.args, call.options)
         tensors = dict(zip(("query", "key", "value"), args, strict=True))
         return super().choice(call.with_(**tensors, **options))
+
+    def compute_capability(self) -> str:
+        return "".join(map(str, torch.cuda.get_device_capability()))
 
     def has_kernels(self) -> bool:
         import pfa

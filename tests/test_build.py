@@ -58,9 +58,9 @@ def test_arch_list_is_checked(arch_list: str) -> None:
         _build.arch_flags(arch_list)
 
 
-def test_sm90a_is_opted_into(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels of csrc/cuda/sm90 are in no library that did not ask for them."""
-    assert _build.WITH_SM90A not in _build.nvcc_flags()
+def test_hopper_kernels_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of csrc/cuda/sm90 are in every library but those for other architectures alone."""
+    assert _build.WITH_SM90A in _build.nvcc_flags()
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
     assert _build.WITH_SM90A not in _build.nvcc_flags()
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
@@ -68,7 +68,7 @@ def test_sm90a_is_opted_into(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_default_archs(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine_code_and_ptx = ["80,code=sm_80", "80,code=sm_90", "80,code=compute_80"]
+    machine_code_and_ptx = ["80,code=sm_80", "80,code=compute_80", "90a,code=sm_90a"]
     assert gencodes(_build.nvcc_flags()) == machine_code_and_ptx
     assert gencodes(_build.nvcc_flags("8.6")) == ["86,code=sm_86"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9")

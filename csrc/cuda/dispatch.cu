@@ -12,6 +12,7 @@
 #include "forward.h"
 #include "launch.h"
 #include "mask_pack.h"
+#include "quant.cuh"
 #ifdef PFA_WITH_SM90A
 #include "sm90/tensor_map.h"
 #endif
@@ -151,6 +152,7 @@ Params base_params(const Problem& p) {
   params.heads_per_group = static_cast<int>(p.heads_per_group());
   params.head_dim = static_cast<int>(p.head_dim);
   params.softmax_scale = p.softmax_scale;
+  params.score_unit = score_unit(p.softmax_scale, p.bias.data != nullptr);
   params.band = p.band;
   params.bias = bias_params(p);
   params.quant = p.quant;

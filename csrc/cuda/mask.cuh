@@ -18,12 +18,13 @@ struct Columns {
   int first, last;
 };
 
-__device__ __forceinline__ Columns columns_of_row(const Sequence& sequence, const Band& band,
-                                                  int row, int64_t tile_begin, int block_n) {
-  const int64_t diagonal = sequence.row_begin + row + sequence.anchor - tile_begin;
-  const int64_t last = diagonal + band.hi + 1, keys = sequence.keys - tile_begin;
-  return {static_cast<int>(clamp64(diagonal + band.lo, 0, block_n)),
-          static_cast<int>(clamp64(last < keys ? last : keys, 0, block_n))};
+template <class Int>
+__device__ __forceinline__ Columns columns_of_row(const SequenceOf<Int>& sequence, int row,
+                                                  Int tile_begin, int block_n) {
+  const Int diagonal = sequence.row_begin + row + sequence.anchor - tile_begin;
+  const Int last = diagonal + sequence.hi + 1, keys = sequence.keys - tile_begin;
+  return {static_cast<int>(clamp<Int>(diagonal + sequence.lo, 0, block_n)),
+          static_cast<int>(clamp<Int>(last < keys ? last : keys, 0, block_n))};
 }
 
 struct Band {
@@ -33,7 +34,8 @@ struct Band {
   template <int kBlockN>
   class Tiles {
    public:
-    __device__ Tiles(const Params&, const BlockIndex&, const TileRange& range) : range_(range) {}
+    Tiles() = default;
+    __device__ Tiles(const Params&, int64_t, int64_t, const TileRange& range) : range_(range) {}
 
     __device__ int first() { return range_.begin; }
     __device__ int after(int n) { return n + 1; }
@@ -44,7 +46,7 @@ struct Band {
     [[nodiscard]] __device__ bool has_bits(int) const { return false; }
 
    private:
-    TileRange range_;
+    TileRange range_{};
   };
 };
 
@@ -56,10 +58,10 @@ struct Dense {
   template <int kBlockN>
   class Tiles {
    public:
-    __device__ Tiles(const Params& p, const BlockIndex& block, const TileRange& range)
+    Tiles() = default;
+    __device__ Tiles(const Params& p, int64_t b, int64_t m_block, const TileRange& range)
         : range_(range),
-          classes_(p.mask.classes + block.b * p.mask.classes_batch +
-                   block.m_block * p.mask.classes_m_block) {
+          classes_(p.mask.classes + b * p.mask.classes_batch + m_block * p.mask.classes_m_block) {
       read(range.begin);
     }
 
@@ -94,8 +96,8 @@ struct Dense {
       partial_ = __ballot_sync(0xffffffffu, of_mine == kPartial);
     }
 
-    TileRange range_;
-    const uint8_t* classes_;
+    TileRange range_{};
+    const uint8_t* classes_ = nullptr;
     int window_ = 0;
     uint32_t visited_ = 0, partial_ = 0;  // a bit per tile from window_ on
   };

@@ -70,6 +70,7 @@ struct Params {
   int num_heads = 0;
   int heads_per_group = 0;
   int head_dim = 0;
+  float score_unit = 0.0f;  // see quant.cuh; where no scale lies in device memory
   float softmax_scale = 1.0f;
   Band band;
   PackedMaskParams mask;

@@ -10,6 +10,7 @@
 #include <cuda_bf16.h>
 
 #include "element.cuh"
+#include "fragment.cuh"
 #include "params.h"
 
 namespace pfa::cuda {
@@ -38,10 +39,14 @@ __device__ __forceinline__ float real_scale(const Params& p) {
 
 // What one unit of a score is worth in powers of two: scores with a bias are real, others are sums
 // of positive scale. A scale of zero becomes the smallest float, with which -inf remains -inf.
-__device__ __forceinline__ float score_unit(const Params& p) {
+PFA_HOST_DEVICE float score_unit(float scale, bool has_bias) {
   constexpr float kLog2e = 1.4426950408889634f, kSmallest = 1.4e-45f;
-  if (p.bias.data != nullptr) return kLog2e;
-  return fmaxf(fabsf(real_scale(p)) * kLog2e, kSmallest);
+  if (has_bias) return kLog2e;
+  return fmaxf(fabsf(scale) * kLog2e, kSmallest);
+}
+__device__ __forceinline__ float score_unit(const Params& p) {
+  return p.quant.descale_s.given() ? score_unit(real_scale(p), p.bias.data != nullptr)
+                                   : p.score_unit;
 }
 
 // Scale and offset of an int8 output's channel.

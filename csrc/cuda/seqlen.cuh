@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // One block of work: which rows of which head, how long its sequences are, and which tiles of keys
-// its band leaves. Everything 64-bit happens here, once per block.
+// its band leaves. All divisions happen here, once per block.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,8 @@
 
 namespace pfa::cuda {
 
-PFA_HOST_DEVICE constexpr int64_t clamp64(int64_t value, int64_t low, int64_t high) {
+template <class Int>
+PFA_HOST_DEVICE constexpr Int clamp(Int value, Int low, Int high) {
   return value < low ? low : value > high ? high : value;
 }
 
@@ -21,83 +22,98 @@ __device__ __forceinline__ int64_t length_of(const LengthsParams& lengths, int64
   const int64_t at = b * lengths.stride;
   const int64_t value = lengths.is_int64 ? static_cast<const int64_t*>(lengths.data)[at]
                                          : static_cast<const int32_t*>(lengths.data)[at];
-  return clamp64(value, 0, seqlen);
+  return clamp<int64_t>(value, 0, seqlen);
 }
 
 // A block is numbered (batch, head, m_block, split), the last running fastest, so that neighbours
 // read the same keys; with batch_innermost (head, m_block, batch, split).
-struct BlockIndex {
-  int64_t b;
-  int64_t m_block;
+template <class Index>
+struct BlockIndexOf {
+  Index b;
+  Index m_block;
   int head;
   int split;
 };
+using BlockIndex = BlockIndexOf<int64_t>;
 
-PFA_HOST_DEVICE BlockIndex decode_block(const Params& p, int64_t index) {
-  BlockIndex block{};
-  if (p.split.count > 1) {  // a division costs some fifty instructions
-    block.split = static_cast<int>(index % p.split.count);
-    index /= p.split.count;
-  }
-  if (p.batch_innermost) {
-    block.b = index % p.batch;
-    index /= p.batch;
-  }
-  block.m_block = index % p.num_m_blocks;
-  index /= p.num_m_blocks;
+// Index: int64_t, or uint32_t where all numbers fit. A division costs some fifty instructions, or
+// twenty.
+template <class Index>
+PFA_HOST_DEVICE BlockIndexOf<Index> decode_block(const Params& p, Index index) {
+  BlockIndexOf<Index> block{};
+  const auto take = [&index](int64_t size) {  // the part of the index that runs fastest
+    const Index rest = index / static_cast<Index>(size);
+    const Index part = index - rest * static_cast<Index>(size);
+    index = rest;
+    return part;
+  };
+  if (p.split.count > 1) block.split = static_cast<int>(take(p.split.count));
+  if (p.batch_innermost) block.b = take(p.batch);
+  block.m_block = take(p.num_m_blocks);
   if (p.batch_innermost) {
     block.head = static_cast<int>(index);
   } else {
-    block.head = static_cast<int>(index % p.num_heads);
-    block.b = index / p.num_heads;
+    block.head = static_cast<int>(take(p.num_heads));
+    block.b = index;
   }
-  if (p.longest_first) block.m_block = p.num_m_blocks - 1 - block.m_block;
+  if (p.longest_first) block.m_block = static_cast<Index>(p.num_m_blocks) - 1 - block.m_block;
   return block;
 }
 
 // Tiles of keys that some row of a block may see by band and length, and those in the middle that
 // every row sees whole.
-struct TileRange {
+struct alignas(16) TileRange {
   int begin, end;
   int full_begin, full_end;
 };
 
-struct Sequence {
-  int64_t row_begin;  // first row of the block
-  int rows;           // that are valid, 0 if none
-  int64_t keys;       // valid keys
-  int64_t anchor;     // of the band
+// Int: int64_t, or int where all rows, keys and limits of the band have room to be added up.
+template <class Int>
+struct SequenceOf {
+  Int row_begin;  // first row of the block
+  int rows;       // that are valid, 0 if none
+  Int keys;       // valid keys
+  Int anchor;     // of the band
+  Int lo, hi;     // the band
 
-  template <int kBlockM>
-  __device__ static Sequence of(const Params& p, const BlockIndex& block) {
-    const int64_t rows_used = length_of(p.seqused_q, block.b, p.seqlen_q);
-    Sequence s{};
-    s.row_begin = block.m_block * kBlockM;
-    s.rows = static_cast<int>(clamp64(rows_used - s.row_begin, 0, kBlockM));
-    s.keys = length_of(p.seqused_k, block.b, p.seqlen_k);
+  template <int kBlockM, class Index>
+  __device__ static SequenceOf of(const Params& p, const BlockIndexOf<Index>& block) {
+    const Int rows_used = static_cast<Int>(length_of(p.seqused_q, block.b, p.seqlen_q));
+    SequenceOf s{};
+    s.row_begin = static_cast<Int>(block.m_block) * kBlockM;
+    s.rows = static_cast<int>(clamp<Int>(rows_used - s.row_begin, 0, kBlockM));
+    s.keys = static_cast<Int>(length_of(p.seqused_k, block.b, p.seqlen_k));
     s.anchor = p.band.bottom_right ? s.keys - rows_used : 0;
+    s.lo = static_cast<Int>(p.band.lo);
+    s.hi = static_cast<Int>(p.band.hi);
     return s;
   }
 
   // The split's share of the tiles; empty when the block has no valid row.
   template <int kBlockN>
-  __device__ TileRange tiles(const Band& band, int split, int num_splits) const {
-    const int64_t first_row = row_begin + anchor, last_row = first_row + rows - 1;
-    const int64_t begin = clamp64(first_row + band.lo, 0, keys);
-    const int64_t end = rows > 0 ? clamp64(last_row + band.hi + 1, begin, keys) : begin;
-    const int64_t full_begin = clamp64(last_row + band.lo, 0, keys);
-    const int64_t full_end = clamp64(first_row + band.hi + 1, 0, keys);
+  __device__ TileRange tiles(int split = 0, int num_splits = 1) const {
+    const Int first_row = row_begin + anchor, last_row = first_row + rows - 1;
+    const Int begin = clamp<Int>(first_row + lo, 0, keys);
+    const Int end = rows > 0 ? clamp<Int>(last_row + hi + 1, begin, keys) : begin;
+    const Int full_begin = clamp<Int>(last_row + lo, 0, keys);
+    const Int full_end = clamp<Int>(first_row + hi + 1, 0, keys);
     TileRange range{};
     range.begin = static_cast<int>(begin / kBlockN);
     range.end = end > begin ? static_cast<int>((end + kBlockN - 1) / kBlockN) : range.begin;
     range.full_begin = static_cast<int>((full_begin + kBlockN - 1) / kBlockN);
     range.full_end = static_cast<int>(full_end / kBlockN);
     if (num_splits == 1) return range;
-    const int64_t tiles = range.end - range.begin, first = range.begin;
-    range.begin = static_cast<int>(first + tiles * split / num_splits);
-    range.end = static_cast<int>(first + tiles * (split + 1) / num_splits);
+    const auto tiles = static_cast<unsigned>(range.end - range.begin);
+    const auto splits = static_cast<unsigned>(num_splits);
+    const auto before = [=](int parts) {  // fits: 32 splits of tiles of 64 keys
+      return static_cast<int>(tiles * static_cast<unsigned>(parts) / splits);
+    };
+    range.end = range.begin + before(split + 1);
+    range.begin += before(split);
     return range;
   }
 };
+
+using Sequence = SequenceOf<int64_t>;
 
 }  // namespace pfa::cuda

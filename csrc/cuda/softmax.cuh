@@ -76,13 +76,13 @@ struct Softmax {
     }
   }
 
-  // s becomes p, and is added to the sums.
+  // s becomes p, and is added to sums.
   //
   // kExact subtracts before it multiplies, at one more instruction: integer scores in the millions
   // keep their differences, and a bias of the lowest finite float does not overflow.
   template <bool kExact, int kTiles>
-  __device__ void exponentiate(float (&s)[kMmaM][kTiles][4], float unit,
-                               const float (&base)[kMmaM][2]) {
+  __device__ static void exponentiate(float (&s)[kMmaM][kTiles][4], float unit,
+                                      const float (&base)[kMmaM][2], float (&sums)[kMmaM][2]) {
 #pragma unroll
     for (int m = 0; m < kMmaM; ++m) {
 #pragma unroll
@@ -95,7 +95,7 @@ struct Softmax {
             const float exponent =
                 kExact ? (s[m][n][e] - base[m][r]) * unit : fmaf(s[m][n][e], unit, offset);
             s[m][n][e] = ptx::exp2_approx(exponent);
-            row_sum[m][r] += s[m][n][e];
+            sums[m][r] += s[m][n][e];
           }
         }
       }

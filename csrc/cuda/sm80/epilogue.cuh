@@ -157,7 +157,8 @@ class Epilogue {
   __device__ void copy(bool second) const {
     constexpr int kChunks = T::kHeadDim * kOutBytes / kChunkBytes;
     char* out = T::Layout::rows(p_.out, block_.b, block_.head, sequence_.row_begin);
-    const int rows = static_cast<int>(clamp64(p_.seqlen_q - sequence_.row_begin, 0, T::kBlockM));
+    const int rows =
+        static_cast<int>(clamp<int64_t>(p_.seqlen_q - sequence_.row_begin, 0, T::kBlockM));
     const int row_bytes = p_.head_dim * kOutBytes;
 #pragma unroll 1
     for (int index = thread_; index < rows * kChunks; index += T::kThreads) {

@@ -86,7 +86,7 @@ class Mainloop {
       Scores s;
       scores_.multiply(s);
       if constexpr (T::kHasBias) scores_.add_bias(s, careful);
-      if (crosses_band) scores_.mask_band(s, sequence_, p_.band, n);
+      if (crosses_band) scores_.mask_band(s, sequence_, n);
       if (has_bits) scores_.mask_bits(s, bits);
       has_bits = tiles.has_bits(next);
       if (has_bits) scores_.load_bits(bits, p_.mask, block_.b, sequence_, next);
@@ -103,7 +103,7 @@ class Mainloop {
       if constexpr (kSharesRows) merge_max(most);
       RowValues alpha, base;
       softmax.update_max(most, scores_.unit(), alpha, base);
-      softmax.template exponentiate<ScoreStep<T>::kExact>(s, scores_.unit(), base);
+      softmax.template exponentiate<ScoreStep<T>::kExact>(s, scores_.unit(), base, softmax.row_sum);
       values_.multiply(acc_o, s, alpha);
       n = next;
     }

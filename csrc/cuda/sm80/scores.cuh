@@ -94,7 +94,7 @@ class ScoreStep {
     }
   }
 
-  __device__ void mask_band(Scores& s, const Sequence& sequence, const Band& band, int n) const {
+  __device__ void mask_band(Scores& s, const Sequence& sequence, int n) const {
     const int64_t tile_begin = static_cast<int64_t>(n) * T::kBlockN;
     const int lane = static_cast<int>(recomputed(threadIdx.x) % kWarp);
     const int first_column = warp_.key() + accumulator_column(lane, 0);
@@ -103,8 +103,7 @@ class ScoreStep {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int row = warp_.row() + m * 16 + accumulator_row(lane, 2 * r);
-        const mask::Columns columns =
-            mask::columns_of_row(sequence, band, row, tile_begin, T::kBlockN);
+        const mask::Columns columns = mask::columns_of_row(sequence, row, tile_begin, T::kBlockN);
         const int skipped = columns.first - first_column;
         const auto width = static_cast<unsigned>(max(columns.last - columns.first, 0));
 #pragma unroll

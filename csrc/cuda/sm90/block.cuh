@@ -13,11 +13,14 @@ namespace pfa::cuda::sm90 {
 struct Arguments {
   Params params;
   TensorMaps maps;
-  int64_t blocks;  // of query rows, heads, batch elements and splits
-  // A block of threads takes the blocks m and num_m_blocks - 1 - m of a head in turn: with the band
-  // of a causal mask all pairs are the same work.
-  bool in_pairs;
+  uint32_t blocks;  // of query rows, heads, batch elements and splits
+  // Heads, of all batch elements, whose blocks are done together, those with most keys first; 0:
+  // blocks come in the order of their numbers.
+  uint32_t section;
 };
+
+using BlockIndex = BlockIndexOf<uint32_t>;
+using Sequence = SequenceOf<int>;
 
 // The blocks of work of this block of threads. Results do not depend on who computes what.
 class Schedule {
@@ -25,55 +28,59 @@ class Schedule {
   __device__ explicit Schedule(const Arguments& arguments) : a_(arguments) {}
 
   // The block of an iteration; false if there is none left.
-  __device__ bool find(int iteration, BlockIndex& block) const {
+  __device__ bool find(uint32_t iteration, BlockIndex& block) const {
     const Params& p = a_.params;
-    if (!a_.in_pairs) {
-      if (index(iteration) >= a_.blocks) return false;
-      block = decode_block(p, index(iteration));
+    if (a_.section == 0) {
+      const uint32_t index =
+          static_cast<uint32_t>(p.first_block) + blockIdx.x + iteration * gridDim.x;
+      if (index >= a_.blocks) return false;
+      block = decode_block(p, index);
       return true;
     }
-    const int64_t pairs = p.num_m_blocks / 2, pair = index(iteration / 2);
-    if (pair >= a_.blocks / 2) return false;
-    const int64_t head = pair / pairs, m = pair - head * pairs;
-    block.b = head / p.num_heads;
-    block.head = static_cast<int>(head - block.b * p.num_heads);
-    block.m_block = iteration % 2 != 0 ? m : p.num_m_blocks - 1 - m;
+    // There and back: who had the longest of one round has the shortest of the next.
+    const uint32_t place = iteration % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    const uint32_t index = iteration * gridDim.x + place;
+    if (index >= a_.blocks) return false;
+    const auto m_blocks = static_cast<uint32_t>(p.num_m_blocks);
+    const auto num_heads = static_cast<uint32_t>(p.num_heads);
+    const uint32_t first_head = index / (a_.section * m_blocks) * a_.section;
+    const uint32_t in_section = index - first_head * m_blocks;
+    const uint32_t heads = min(a_.section, static_cast<uint32_t>(p.batch) * num_heads - first_head);
+    const uint32_t step = in_section / heads;
+    const uint32_t head = first_head + in_section - step * heads;
+    block.b = head / num_heads;
+    block.head = static_cast<int>(head - block.b * num_heads);
+    block.m_block = m_blocks - 1 - step;
     block.split = 0;
     return true;
   }
 
  private:
-  [[nodiscard]] __device__ int64_t index(int turn) const {
-    return a_.params.first_block + blockIdx.x + static_cast<int64_t>(turn) * gridDim.x;
-  }
-
   const Arguments& a_;
 };
 
-// One block of work.
+// One block of work. The producer writes it to shared memory, where consumers read what they need
+// when they need it: it would occupy a dozen registers of theirs.
 template <class T>
 struct Work {
-  BlockIndex block;
-  Sequence sequence;
+  TileRange own[T::kConsumers];  // of the rows of each warpgroup
   TileRange range;
+  Sequence sequence;
+  int iteration;  // of this block of threads; kNone: no work is left
+  int b, head, split;
 
-  __device__ Work(const Params& p, const BlockIndex& index)
-      : block(index),
-        sequence(Sequence::of<T::kBlockM>(p, block)),
-        range(sequence.template tiles<T::kBlockN>(p.band, block.split, p.split.count)) {}
+  static constexpr int kNone = -1;
 };
 
-// Turns of a ring of buffers.
+// A turn of a ring of buffers; one register.
 template <int kSize>
 struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
+  uint32_t count = 0;
 
-  __device__ void advance() {
-    if (++stage < kSize) return;
-    stage = 0;
-    parity ^= 1;
-  }
+  [[nodiscard]] __device__ int stage() const { return static_cast<int>(count % kSize); }
+  [[nodiscard]] __device__ uint32_t parity() const { return count / kSize % 2; }
+  [[nodiscard]] __device__ Turn before() const { return {count - 1}; }
+  __device__ void advance() { ++count; }
 };
 
 // Shared memory by address; barriers at its end. A buffer is full when TMA has filled it and empty
@@ -84,31 +91,34 @@ struct Shared {
 
   // The same memory as C++ sees it.
   [[nodiscard]] __device__ static char* pointer(uint32_t address) {
-    return static_cast<char*>(__cvta_shared_to_generic(address));
+    extern __shared__ char memory[];
+    return memory + (address - ptx::shared_address(memory));
   }
-  [[nodiscard]] __device__ uint32_t q() const { return base + T::kQ; }
+  // Of the block whose turn it is in the ring of Q.
+  [[nodiscard]] __device__ Work<T>& work(Turn<T::kStagesQ> q) const {
+    return reinterpret_cast<Work<T>*>(pointer(base + T::kWork))[q.count % T::kWorkSlots];
+  }
+  [[nodiscard]] __device__ uint32_t q(int stage) const { return base + T::kQ + stage * T::kBytesQ; }
   [[nodiscard]] __device__ uint32_t k(int stage) const { return base + T::kK + stage * T::kBytesK; }
   [[nodiscard]] __device__ uint32_t v(int stage) const { return base + T::kV + stage * T::kBytesK; }
   [[nodiscard]] __device__ uint32_t bias(int stage) const {
     return base + T::kBias + stage * T::kBytesBias;
   }
-  [[nodiscard]] __device__ uint32_t full_q() const { return barrier(0); }
-  [[nodiscard]] __device__ uint32_t empty_q() const { return barrier(1); }
-  [[nodiscard]] __device__ uint32_t full_k(int stage) const { return barrier(2 + stage); }
-  [[nodiscard]] __device__ uint32_t empty_k(int stage) const {
-    return barrier(2 + T::kStages + stage);
+  [[nodiscard]] __device__ uint32_t full_q(int stage) const { return barrier(stage); }
+  [[nodiscard]] __device__ uint32_t empty_q(int stage) const {
+    return barrier(T::kStagesQ + stage);
   }
-  [[nodiscard]] __device__ uint32_t full_v(int stage) const {
-    return barrier(2 + 2 * T::kStages + stage);
-  }
-  [[nodiscard]] __device__ uint32_t empty_v(int stage) const {
-    return barrier(2 + 3 * T::kStages + stage);
-  }
+  [[nodiscard]] __device__ uint32_t full_k(int stage) const { return ring_barrier(0, stage); }
+  [[nodiscard]] __device__ uint32_t empty_k(int stage) const { return ring_barrier(1, stage); }
+  [[nodiscard]] __device__ uint32_t full_v(int stage) const { return ring_barrier(2, stage); }
+  [[nodiscard]] __device__ uint32_t empty_v(int stage) const { return ring_barrier(3, stage); }
 
   __device__ void init_barriers() const {
     constexpr int kWarps = T::kConsumerThreads / kWarp;
-    ptx::mbarrier_init(full_q(), 1);
-    ptx::mbarrier_init(empty_q(), kWarps);
+    for (int stage = 0; stage < T::kStagesQ; ++stage) {
+      ptx::mbarrier_init(full_q(stage), 1);
+      ptx::mbarrier_init(empty_q(stage), kWarps);
+    }
     for (int stage = 0; stage < T::kStages; ++stage) {
       ptx::mbarrier_init(full_k(stage), 1);
       ptx::mbarrier_init(empty_k(stage), kWarps);
@@ -119,10 +129,14 @@ struct Shared {
   }
 
  private:
+  [[nodiscard]] __device__ uint32_t ring_barrier(int ring, int stage) const {
+    return barrier(2 * T::kStagesQ + ring * T::kStages + stage);
+  }
   [[nodiscard]] __device__ uint32_t barrier(int i) const { return base + T::kControl + 8 * i; }
 };
 
-// Iterations that have to run again: a bit each, shared by iterations that are kBits apart.
+// Iterations that have to run again: a bit each, shared by iterations that are kBits apart. Behind
+// them the producer notes that their run has begun.
 template <class T>
 class Suspects {
  public:
@@ -130,18 +144,25 @@ class Suspects {
   __device__ explicit Suspects(const Shared<T>& shared) : words_(shared.base + T::kSuspects) {}
 
   __device__ void clear() const {
-    if (threadIdx.x < kBits / 32) *word(static_cast<int>(threadIdx.x)) = 0;
+    if (threadIdx.x <= kBits / 32) *word(static_cast<int>(threadIdx.x)) = 0;
   }
+  // For one warp.
+  __device__ void begin() const {
+    if (threadIdx.x % kWarp == 0) *word(kBits / 32) = 1;
+    __syncwarp();
+  }
+  [[nodiscard]] __device__ bool has_begun() const { return *word(kBits / 32) != 0; }
   __device__ void add(int iteration) const {
     atomicOr(word(iteration % kBits / 32), 1u << iteration % 32);
   }
   [[nodiscard]] __device__ bool has(int iteration) const {
     return (*word(iteration % kBits / 32) >> iteration % 32 & 1) != 0;
   }
+  // All lanes of a warp call it together.
   [[nodiscard]] __device__ bool any() const {
-    uint32_t found = 0;
-    for (int i = 0; i < kBits / 32; ++i) found |= *word(i);
-    return found != 0;
+    static_assert(kBits / 32 == kWarp);
+    const int lane = static_cast<int>(recomputed(threadIdx.x) % kWarp);
+    return __any_sync(0xffffffffu, *word(lane) != 0) != 0;
   }
 
  private:

@@ -30,7 +30,7 @@ struct Tile {
 //   D256: 128x80 500 and 686
 PFA_HOST_DEVICE constexpr Tile tile_of(int head_dim, bool is_dense, bool has_bias) {
   const bool whole_cells = is_dense || has_bias;
-  if (head_dim <= 64) return {128, 128, has_bias ? 3 : 4};
+  if (head_dim <= 64) return {whole_cells ? 128 : 192, 128, has_bias ? 3 : 4};
   if (head_dim <= 128) return {128, 128, 2};
   return {128, whole_cells ? 64 : 80, 2};
 }
@@ -79,14 +79,24 @@ struct Traits {
   static constexpr int kBytesBias = kBiasBoxes * kBoxBias;
 
   // Byte offsets into shared memory, which is aligned to 1024 bytes.
+  static constexpr int kControlBytes = 512;  // barriers
+  // Descriptions of blocks of work. The producer describes one kStagesQ blocks after the one whose
+  // Q all consumers have left, which may be the one before that whose sums a consumer stores.
+  static constexpr int kWorkSlots = 4;
+  static constexpr int kWorkBytes = 1024;
+  static constexpr int kBytesRings = kStages * (2 * kBytesK + kBytesBias);
+  static constexpr int kBytesBesides =
+      kControlBytes + kWorkBytes + 512 + 1024;  // for the alignment
+  // Q of the next block of work is fetched during this one where there is room.
+  static constexpr int kStagesQ = 2 * kBytesQ + kBytesRings + kBytesBesides <= kSharedLimit ? 2 : 1;
   static constexpr int kQ = 0;
-  static constexpr int kK = kQ + kBytesQ;
+  static constexpr int kK = kQ + kStagesQ * kBytesQ;
   static constexpr int kV = kK + kStages * kBytesK;
   static constexpr int kBias = kV + kStages * kBytesK;
   static constexpr int kControl = kBias + kStages * kBytesBias;
-  static constexpr int kControlBytes = 512;  // barriers
-  static constexpr int kSuspects = kControl + kControlBytes;
-  static constexpr int kSharedBytes = kSuspects + 512 + 1024;  // for the alignment
+  static constexpr int kWork = kControl + kControlBytes;
+  static constexpr int kSuspects = kWork + kWorkBytes;
+  static constexpr int kSharedBytes = kStagesQ * kBytesQ + kBytesRings + kBytesBesides;
   static_assert(kSharedBytes <= kSharedLimit);
 };
 

@@ -5,6 +5,7 @@
 // one runs beside the next softmax: see run().
 #pragma once
 
+#include "lazy_softmax.cuh"
 #include "scores.cuh"
 
 namespace pfa::cuda::sm90 {
@@ -17,55 +18,32 @@ class Consumer {
  public:
   // Unnormalised output of the warp's 16 rows and the statistics that go with it.
   float acc_o[1][kTilesO][4];
-  Softmax<1> softmax;
+  LazySoftmax softmax;
 
   __device__ Consumer(const Arguments& arguments, const Shared<T>& shared)
       : p_(arguments.params), shared_(shared), scores_(arguments.params) {
     if (T::kTakesTurns && warpgroup() == T::kConsumers - 1) pass_turn();
   }
 
-  // careful: keys that a row does not see cannot reach it, whatever stands in K and V.
-  __device__ void run(const Work<T>& work, bool careful) {
+  // Blocks of work until there is none left; store(work) is called with the sums of each. careful:
+  // keys that a row does not see cannot reach it, whatever stands in K and V.
+  template <class Store>
+  __device__ void run(bool careful, const Store& store) {
+    careful_ = careful;
     clear();
-    Tiles tiles(p_, work.block, work.range);
-    int n = tiles.first();
-    if (n >= tiles.end()) return;
-    Scores<T> s;
-    uint32_t p[kTilesS / 2][4];
-    Bits bits;
-    float alpha[1][2];
-    ptx::mbarrier_wait(shared_.full_q(), q_.parity);
-    q_.advance();
-    bool has_bits = load_bits(bits, tiles, work, n);
-    wait_for_keys(careful);
-    start_scores(s);
-    ptx::wgmma_wait<0>();
-    hold(s[0]);
-    finish_scores(s, tiles, work, n, has_bits, bits, careful);
-    exponentiate(s, alpha);
-    pack(s, p);
-    for (int next = tiles.after(n); next < tiles.end(); next = tiles.after(n)) {
-      has_bits = load_bits(bits, tiles, work, next);
-      wait_for_keys(careful);
-      wait_for_turn();
-      start_scores(s);
-      ptx::mbarrier_wait(shared_.full_v(v_.stage), v_.parity);
-      start_values(p);
-      pass_turn();
-      ptx::wgmma_wait<1>();
-      hold(s[0]);
-      finish_scores(s, tiles, work, next, has_bits, bits, careful);
-      exponentiate(s, alpha);
-      hold(s[0]);
-      finish_values();
-      rescale(alpha);
-      pack(s, p);
-      n = next;
+    for (enter(); !is_over();) {
+      skip_to(own().begin);
+      if (n_ < own().end) {
+        run_chain(store);
+      } else {
+        leave_q();
+        const Work<T>& done = shared_.work(q_.before());
+        skip_to(done.range.end);
+        store(done);
+        enter();
+      }
     }
-    release(shared_.empty_q());
-    ptx::mbarrier_wait(shared_.full_v(v_.stage), v_.parity);
-    start_values(p);
-    finish_values();
+    leave_q();
   }
 
   // Could a key that some row must not see have reached it through V?
@@ -90,6 +68,7 @@ class Consumer {
   using Tiles = typename T::Mask::template Tiles<T::kBlockN>;
   using Bits = typename ScoreStep<T>::Bits;
 
+  // For the next block.
   __device__ void clear() {
     softmax.clear();
 #pragma unroll
@@ -99,8 +78,115 @@ class Consumer {
     }
   }
 
+  // Tiles that a row of this warpgroup may see.
+  [[nodiscard]] __device__ TileRange own() const { return shared_.work(q_).own[warpgroup()]; }
+
+  [[nodiscard]] __device__ bool is_over() const {
+    return shared_.work(q_).iteration == Work<T>::kNone;
+  }
+
+  // Waits for the next block of work and its Q, and goes to its first tile.
+  __device__ void enter() {
+    ptx::mbarrier_wait(shared_.full_q(q_.stage()), q_.parity());
+    const Work<T>& work = shared_.work(q_);
+    if (work.iteration == Work<T>::kNone) return;
+    tiles_ = Tiles(p_, work.b, work.sequence.row_begin / T::kBlockM, work.range);
+    n_ = tiles_.first();
+  }
+
+  // Lets the tiles before end go by.
+  __device__ void skip_to(int end) {
+    for (; n_ < end; n_ = tiles_.after(n_)) {
+      ptx::mbarrier_wait(shared_.full_k(k_.stage()), k_.parity());
+      release(shared_.empty_k(k_.stage()));
+      wait_for_turn();
+      pass_turn();
+      ptx::mbarrier_wait(shared_.full_v(k_.stage()), k_.parity());
+      release(shared_.empty_v(k_.stage()));
+      k_.advance();
+    }
+  }
+
+  // From a tile that this warpgroup computes on to the end of its block. Where the next block
+  // begins with such a tile too, it goes on with that one: its first Q K^T is under way while the
+  // sums of this one are stored.
+  template <class Store>
+  __device__ void run_chain(const Store& store) {
+    Scores<T> s;
+    uint32_t p[kTilesS / 2][4];
+    wait_for_keys();
+    start_scores(s);
+    ptx::wgmma_wait<0>();
+    hold(s[0]);
+    for (;;) {
+      multiply(s, p);
+      const Turn<T::kStagesQ> done = q_.before();
+      const bool skips = n_ < shared_.work(done).range.end;
+      bool goes_on = false;
+      if (T::kStagesQ > 1 && !skips) {
+        enter();
+        goes_on = !is_over() && n_ >= own().begin && n_ < own().end;
+      }
+      if (goes_on) wait_for_keys();
+      const Turn<T::kStages> v = k_.before();
+      wait_for_values(v);
+      wait_for_turn();
+      if (!goes_on) {
+        start_values(v, p);
+        pass_turn();
+        ptx::wgmma_wait<0>();
+        finish_values(v);
+        if (skips) skip_to(shared_.work(done).range.end);
+        store(shared_.work(done));
+        clear();
+        if (T::kStagesQ == 1 || skips) enter();
+        return;
+      }
+      start_values(v, p);
+      start_scores(s);
+      pass_turn();
+      ptx::wgmma_wait<1>();
+      finish_values(v);
+      store(shared_.work(done));
+      clear();
+      ptx::wgmma_wait<0>();
+      hold(s[0]);
+    }
+  }
+
+  // The tiles from n_ to own_.end but for the last P V. s has the sums of the first one.
+  __device__ void multiply(Scores<T>& s, uint32_t (&p)[kTilesS / 2][4]) {
+    Bits bits;
+    float alpha[1][2];
+    bool has_bits = load_bits(bits);
+    finish_scores(s, has_bits, bits);
+    softmax.template step<ScoreStep<T>::kExact>(s, scores_.unit(), careful_, alpha);
+    pack(s, p);
+    for (n_ = tiles_.after(n_); n_ < own().end; n_ = tiles_.after(n_)) {
+      has_bits = load_bits(bits);
+      wait_for_keys();
+      wait_for_turn();
+      start_scores(s);
+      const Turn<T::kStages> v = k_.before();
+      wait_for_values(v);
+      start_values(v, p);
+      pass_turn();
+      ptx::wgmma_wait<1>();
+      hold(s[0]);
+      finish_scores(s, has_bits, bits);
+      const bool changed =
+          softmax.template step<ScoreStep<T>::kExact>(s, scores_.unit(), careful_, alpha);
+      hold(s[0]);
+      ptx::wgmma_wait<0>();
+      finish_values(v);
+      if (changed) rescale(alpha);
+      pack(s, p);
+    }
+    leave_q();
+  }
+
   [[nodiscard]] __device__ static int warpgroup() {
-    return static_cast<int>(threadIdx.x / kWarpgroup) - 1;
+    return static_cast<int>(recomputed(threadIdx.x) / kWarpgroup) - 1;
   }
 
   // Tells the producer that this warp does not read a buffer any more.
@@ -109,15 +195,20 @@ class Consumer {
     if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(empty);
   }
 
-  __device__ bool load_bits(Bits& bits, const Tiles& tiles, const Work<T>& work, int n) const {
-    const bool has_bits = tiles.has_bits(n);
-    if (has_bits) scores_.load_bits(bits, work, n);
+  __device__ void leave_q() {
+    release(shared_.empty_q(q_.stage()));
+    q_.advance();
+  }
+
+  __device__ bool load_bits(Bits& bits) const {
+    const bool has_bits = tiles_.has_bits(n_);
+    if (has_bits) scores_.load_bits(bits, shared_.work(q_), n_);
     return has_bits;
   }
 
-  __device__ void wait_for_keys(bool careful) {
-    ptx::mbarrier_wait(shared_.full_k(k_.stage), k_.parity);
-    if (careful) isolate_nonfinite_values();
+  __device__ void wait_for_keys() {
+    ptx::mbarrier_wait(shared_.full_k(k_.stage()), k_.parity());
+    if (careful_) isolate_nonfinite_values();
   }
 
   // Warpgroups start their products in turns, so that the softmax of one meets the products of
@@ -134,36 +225,29 @@ class Consumer {
   // Q K^T of the tile that k_ points to.
   __device__ void start_scores(Scores<T>& s) const {
     constexpr int kSteps = T::kBoxColumns / 16;  // of a box
-    const uint64_t q =
-        Descriptor<T::kBoxRowBytes>::of(shared_.q() + warpgroup() * (64 * T::kBoxRowBytes), 16);
-    const uint64_t k = Descriptor<T::kBoxRowBytes>::of(shared_.k(k_.stage), 16);
+    using Operand = Descriptor<T::kBoxRowBytes>;
+    const uint32_t rows = recomputed(shared_.q(q_.stage()) + warpgroup() * (64 * T::kBoxRowBytes));
+    const Operand q = Operand::of(rows, 16), k = Operand::of(shared_.k(k_.stage()), 16);
     hold(s[0]);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < T::kHeadDim / 16; ++step) {
       const int box = step / kSteps, bytes = step % kSteps * 32;
-      wgmma_ss<Element>(s[0], q + ((box * T::kBoxQ + bytes) >> 4),
-                        k + ((box * T::kBoxK + bytes) >> 4), step > 0);
+      wgmma_ss<Element>(s[0], q.at(box * T::kBoxQ + bytes), k.at(box * T::kBoxK + bytes), step > 0);
     }
     ptx::wgmma_commit();
   }
 
-  // From the sums of tile n to its scores; K's buffer is given back.
-  __device__ void finish_scores(Scores<T>& s, const Tiles& tiles, const Work<T>& work, int n,
-                                bool has_bits, const Bits& bits, bool careful) {
-    if constexpr (T::kHasBias) scores_.add_bias(s, shared_.bias(k_.stage), careful);
-    release(shared_.empty_k(k_.stage));
+  // From the sums of tile n_ to its scores; K's buffer is given back.
+  __device__ void finish_scores(Scores<T>& s, bool has_bits, const Bits& bits) {
+    if constexpr (T::kHasBias) scores_.add_bias(s, shared_.bias(k_.stage()), careful_);
+    release(shared_.empty_k(k_.stage()));
     k_.advance();
     scores_.apply_sign(s);
-    if (tiles.crosses_band(n)) scores_.mask_band(s, work.sequence, n);
+    const TileRange range = own();
+    const bool left = n_ < range.full_begin, right = n_ >= range.full_end;
+    if (left || right) scores_.mask_band(s, shared_.work(q_).sequence, n_, left, right);
     if (has_bits) scores_.mask_bits(s, bits);
-  }
-
-  __device__ void exponentiate(Scores<T>& s, float (&alpha)[1][2]) {
-    float most[1][2], base[1][2];
-    softmax.tile_max(s, most);
-    softmax.update_max(most, scores_.unit(), alpha, base);
-    softmax.template exponentiate<ScoreStep<T>::kExact>(s, scores_.unit(), base);
   }
 
   // Accumulators of S are the A operand of P V once they are packed.
@@ -178,23 +262,26 @@ class Consumer {
     }
   }
 
-  // O += P V of the tile that v_ points to.
-  __device__ void start_values(const uint32_t (&p)[kTilesS / 2][4]) {
-    const uint64_t v = Descriptor<T::kBoxRowBytes>::of(shared_.v(v_.stage), T::kBoxK);
+  __device__ void wait_for_values(Turn<T::kStages> v) const {
+    ptx::mbarrier_wait(shared_.full_v(v.stage()), v.parity());
+  }
+
+  // O += P V.
+  __device__ void start_values(Turn<T::kStages> turn, const uint32_t (&p)[kTilesS / 2][4]) {
+    const auto v = Descriptor<T::kBoxRowBytes>::of(shared_.v(turn.stage()), T::kBoxK);
     hold(acc_o[0]);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kTilesS / 2; ++step) {
-      wgmma_rs<Element>(acc_o[0], p[step], v + ((step * 16 * T::kBoxRowBytes) >> 4));
+      wgmma_rs<Element>(acc_o[0], p[step], v.at(step * 16 * T::kBoxRowBytes));
     }
     ptx::wgmma_commit();
   }
 
-  __device__ void finish_values() {
-    ptx::wgmma_wait<0>();
+  // After the wait for P V.
+  __device__ void finish_values(Turn<T::kStages> v) {
     hold(acc_o[0]);
-    release(shared_.empty_v(v_.stage));
-    v_.advance();
+    release(shared_.empty_v(v.stage()));
   }
 
   // Skipped where no maximum of the warp's rows has grown: multiplying by 1 changes nothing.
@@ -212,10 +299,10 @@ class Consumer {
   // the rows of V that have one become zeros and those keys NaN, which scores carry to the rows
   // that see them. Only for the rare second run of a block.
   __device__ void isolate_nonfinite_values() {
-    ptx::mbarrier_wait(shared_.full_v(k_.stage), k_.parity);  // V's ring turns like K's
+    ptx::mbarrier_wait(shared_.full_v(k_.stage()), k_.parity());  // V's ring turns like K's
     const int first = static_cast<int>(threadIdx.x) - kWarpgroup;
-    char* v = Shared<T>::pointer(shared_.v(k_.stage));
-    char* k = Shared<T>::pointer(shared_.k(k_.stage));
+    char* v = Shared<T>::pointer(shared_.v(k_.stage()));
+    char* k = Shared<T>::pointer(shared_.k(k_.stage()));
 #pragma unroll 1
     for (int key = first; key < T::kBlockN; key += T::kConsumerThreads) {
       bool found = false;
@@ -243,8 +330,12 @@ class Consumer {
   const Params& p_;
   Shared<T> shared_;
   ScoreStep<T> scores_;
-  Turn<1> q_;
-  Turn<T::kStages> k_, v_;
+  Turn<T::kStagesQ> q_;
+  Turn<T::kStages> k_;  // the next tile whose K is given back
+  bool careful_ = false;
+  // Of the block of work that is being computed.
+  Tiles tiles_;
+  int n_ = 0;
 };
 
 }  // namespace pfa::cuda::sm90

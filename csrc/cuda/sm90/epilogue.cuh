@@ -45,8 +45,8 @@ class Epilogue {
     const bool is_written = row < p_.seqlen_q && !(second && sum != sum);
     const bool is_odd = lane_ % 2 != 0;
     const int channel = (is_odd ? 8 : 0) + lane_ / 2 % 2 * 4;
-    char* out = p_.out.data + work_.block.b * p_.out.batch + work_.block.head * p_.out.head +
-                row * p_.out.row + channel * Element::kBytes;
+    char* out = p_.out.data + work_.b * p_.out.batch + work_.head * p_.out.head + row * p_.out.row +
+                channel * Element::kBytes;
 #pragma unroll
     for (int n = 0; n < T::kTilesO; n += 2) {
       uint32_t pair[2];
@@ -80,10 +80,10 @@ class Epilogue {
   __device__ void store_split(const Consumer<T>& consumer, int r, bool second) const {
     const float sum = consumer.softmax.row_sum[0][r];
     if (row_of(r) >= work_.sequence.rows || (second && sum != sum)) return;
-    const int64_t at = ((work_.block.b * p_.num_heads + work_.block.head) * p_.seqlen_q +
+    const int64_t at = ((work_.b * p_.num_heads + work_.head) * p_.seqlen_q +
                         work_.sequence.row_begin + row_of(r)) *
                            p_.split.count +
-                       work_.block.split;
+                       work_.split;
     if (lane_ % 4 == 0) p_.split.stats[at] = make_float2(consumer.softmax.row_max[0][r], sum);
     float* out = p_.split.out + at * T::kHeadDim + accumulator_column(lane_, 0);
 #pragma unroll

@@ -8,25 +8,9 @@
 
 namespace pfa::cuda::sm90 {
 
-// Calls step(work, iteration) for the blocks of work of this block of threads: all, then, if there
-// are suspects, those again. The first run trusts V. If it ends with an infinity or a NaN, masked
-// keys may have brought it in, and the block runs again with those keys isolated. Rows that see
-// such a key keep the first run's result.
-template <class T, class Step>
-__device__ void for_each_block(const Arguments& a, const Suspects<T>& suspects, const Step& step) {
-  const Schedule schedule(a);
-  for (bool second = false;; second = true) {
-    for (int iteration = 0;; ++iteration) {
-      BlockIndex block{};
-      if (!schedule.find(iteration, block)) break;
-      if (!second || suspects.has(iteration)) step(Work<T>(a.params, block), iteration, second);
-    }
-    if (second) return;
-    ptx::barrier_sync(kAllThreads, T::kThreads);
-    if (!suspects.any()) return;
-  }
-}
-
+// All blocks of work run and, if there are suspects, those run again. The first run trusts V. If it
+// ends with an infinity or a NaN, masked keys may have brought it in, and the block runs again with
+// those keys isolated. Rows that see such a key keep the first run's result.
 template <class T>
 __device__ __forceinline__ void forward(const Arguments& a) {
   extern __shared__ char unaligned[];
@@ -42,18 +26,30 @@ __device__ __forceinline__ void forward(const Arguments& a) {
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     ptx::give_up_registers<T::kProducerRegisters>();
-    Producer<T> producer(a, shared);
-    for_each_block<T>(a, suspects, [&](const Work<T>& work, int, bool) {
-      if (threadIdx.x < kWarp) producer.run(work);
-    });
+    if (threadIdx.x >= kWarp) {
+      ptx::barrier_sync(kAllThreads, T::kThreads);
+      return;
+    }
+    Producer<T> producer(a, shared, suspects);
+    for (;;) {
+      producer.run();
+      if (suspects.has_begun()) return;
+      ptx::barrier_sync(kAllThreads, T::kThreads);
+      if (!suspects.any()) return;
+      suspects.begin();
+    }
   } else {
     ptx::take_registers<T::kConsumerRegisters>();
     Consumer<T> consumer(a, shared);
-    for_each_block<T>(a, suspects, [&](const Work<T>& work, int iteration, bool second) {
-      consumer.run(work, second);
-      if (!second && consumer.has_nonfinite_output(work.sequence)) suspects.add(iteration);
-      Epilogue<T>::store(a.params, work, consumer, second);
-    });
+    for (bool second = false;; second = true) {
+      consumer.run(second, [&](const Work<T>& work) {
+        if (!second && consumer.has_nonfinite_output(work.sequence)) suspects.add(work.iteration);
+        Epilogue<T>::store(a.params, work, consumer, second);
+      });
+      if (second) return;
+      ptx::barrier_sync(kAllThreads, T::kThreads);
+      if (!suspects.any()) return;
+    }
   }
 }
 

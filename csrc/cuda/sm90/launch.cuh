@@ -2,7 +2,9 @@
 // Defines launch.h for one element and head_dim bucket; instantiations/*.cu name them.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <string>
 
 #include "../check.h"
@@ -47,17 +49,29 @@ int blocks_per_sm(const Variant&, int) {
   return 1;
 }
 
-// Blocks of threads stay and take several blocks of work each where all are the same work, or all
-// pairs; elsewhere the GPU hands them out.
+// Blocks of threads stay and take several blocks of work each where it is known how much work a
+// block is; elsewhere the GPU hands them out.
 inline bool is_uniform(const Params& p) {
   const auto absent = [](const LengthsParams& lengths) {
     return lengths.data == nullptr && !lengths.is_inline;
   };
   const bool whole = absent(p.seqused_q) && absent(p.seqused_k) && p.mask.bits == nullptr;
-  const bool in_pairs = p.longest_first;
-  return whole &&
-         (!in_pairs || (p.num_m_blocks % 2 == 0 && p.split.count == 1 && !p.batch_innermost));
+  return whole && (!p.longest_first || (p.split.count == 1 && !p.batch_innermost));
 }
+
+// About as many heads as have K and V in two thirds of an H100's L2 together, but such a number
+// that every block of threads has as many blocks of work of each section.
+inline uint32_t heads_of_section(const Params& p, int64_t grid) {
+  constexpr int64_t kBytes = int64_t{32} << 20;
+  const int64_t all = p.batch * p.num_heads;
+  const int64_t fitting = kBytes / (4 * p.seqlen_k * p.head_dim) * p.heads_per_group;
+  const int64_t step = grid / std::gcd(grid, p.num_m_blocks);
+  return static_cast<uint32_t>(std::min(std::max<int64_t>(fitting / step, 1) * step, all));
+}
+
+// Rows and keys are fewer than half of that (is_mappable): a band that reaches further is
+// unlimited, and int has room for the sums of all three.
+constexpr int64_t kFarthest = int64_t{1} << 30;
 
 template <class Element, int kHeadDim>
 void launch(const Variant& variant, const Params& params, int64_t blocks, int device,
@@ -67,23 +81,24 @@ void launch(const Variant& variant, const Params& params, int64_t blocks, int de
     allow_shared_memory<T>(device);
     Arguments a{};
     a.params = params;
+    a.params.band.lo = std::max(params.band.lo, -kFarthest);
+    a.params.band.hi = std::min(params.band.hi, kFarthest);
     a.maps = make_tensor_maps(params, {T::kBoxColumns, T::kBlockM, T::kBlockN});
-    a.blocks = blocks;
+    a.blocks = static_cast<uint32_t>(blocks);
     const bool stays = is_uniform(params);
-    a.in_pairs = stays && params.longest_first;
     int multiprocessors = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
           "read the attributes of the GPU");
-    const int64_t units = a.in_pairs ? blocks / 2 : blocks;
+    if (stays && params.longest_first) a.section = heads_of_section(params, multiprocessors);
     const int64_t most = stays ? multiprocessors : kMaxGrid;
     do {
-      const int64_t left = units - a.params.first_block;
+      const int64_t left = blocks - a.params.first_block;
       const auto grid = static_cast<unsigned>(left < most ? left : most);
-      if (!stays) a.blocks = a.params.first_block + grid;
+      if (!stays) a.blocks = static_cast<uint32_t>(a.params.first_block + grid);
       forward_kernel<T><<<grid, T::kThreads, T::kSharedBytes, stream>>>(a);
       check(cudaGetLastError(), "launch " + T::name());
       a.params.first_block += grid;
-    } while (!stays && a.params.first_block < units);
+    } while (!stays && a.params.first_block < blocks);
   });
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The warp that asks TMA for the tiles of a block of work, in the order in which they are needed.
+// The warp that describes blocks of work and asks TMA for their tiles, in the order in which they
+// are needed.
 #pragma once
 
 #include "block.cuh"
@@ -9,42 +10,117 @@ namespace pfa::cuda::sm90 {
 template <class T>
 class Producer {
  public:
-  __device__ Producer(const Arguments& arguments, const Shared<T>& shared)
-      : a_(arguments), shared_(shared), elected_(threadIdx.x % kWarp == 0) {}
+  __device__ Producer(const Arguments& arguments, const Shared<T>& shared,
+                      const Suspects<T>& suspects)
+      : a_(arguments), shared_(shared), suspects_(suspects) {}
 
-  // All lanes of a warp call it together.
-  __device__ void run(const Work<T>& work) {
-    typename T::Mask::template Tiles<T::kBlockN> tiles(a_.params, work.block, work.range);
-    int n = tiles.first();
-    if (n >= tiles.end()) return;
-    row_ = static_cast<int>(work.sequence.row_begin);
-    head_ = work.block.head;
-    head_k_ = work.block.head / a_.params.heads_per_group;
-    batch_ = static_cast<int>(work.block.b);
-    load_q();
-    load_k(n);
-    for (int next = tiles.after(n); next < tiles.end(); next = tiles.after(n)) {
-      load_k(next);
-      load_v(n);
-      n = next;
+  // All blocks of work of this block of threads, or those that are suspect. All lanes of a warp
+  // call it together.
+  //
+  // K runs a tile ahead of V, over the ends of blocks too: consumers multiply Q and K of the next
+  // block before they are done with V of this one.
+  __device__ void run() {
+    const Schedule schedule(a_);
+    int owed = kNone;  // the tile of V that comes next
+    BlockIndex block{};
+    for (int iteration = 0; schedule.find(iteration, block); ++iteration) {
+      if (suspects_.has_begun() && !suspects_.has(iteration)) continue;
+      if (T::kStagesQ == 1 && owed != kNone) {  // V is needed before the buffer of Q is free
+        load_v(k_.before(), owed, keys_);
+        owed = kNone;
+      }
+      wait_for_slot();
+      describe(iteration, block);
+      typename T::Mask::template Tiles<T::kBlockN> tiles(a_.params, block.b, block.m_block,
+                                                         shared_.work(q_).range);
+      int n = tiles.first();
+      if (n >= tiles.end()) {
+        arrive_q();
+        continue;
+      }
+      const KeysPlace before = keys_;
+      keys_ = {block.head / a_.params.heads_per_group, static_cast<int>(block.b)};
+      rows_ = {static_cast<int>(block.m_block) * T::kBlockM, block.head};
+      const Turn<T::kStages> last = k_.before();
+      load_q();
+      load_k(n);
+      if (owed != kNone) load_v(last, owed, before);
+#pragma unroll 1
+      for (owed = n, n = tiles.after(n); n < tiles.end(); owed = n, n = tiles.after(n)) {
+        load_k(n);
+        load_v(k_.before().before(), owed, keys_);
+      }
     }
-    load_v(n);
+    if (owed != kNone) load_v(k_.before(), owed, keys_);
+    wait_for_slot();
+    if (is_elected()) shared_.work(q_).iteration = Work<T>::kNone;
+    arrive_q();
   }
 
  private:
-  // Coordinates of a broadcast dimension are 0.
-  __device__ static int at(int coordinate, int64_t stride) { return stride == 0 ? 0 : coordinate; }
+  static constexpr int kNone = -1;
+
+  // Coordinates of a block of work.
+  struct RowsPlace {
+    int row = 0, head = 0;
+  };
+  struct KeysPlace {
+    int head = 0, batch = 0;
+  };
+
+  [[nodiscard]] __device__ static bool is_elected() { return recomputed(threadIdx.x) % kWarp == 0; }
+
+  // A slot is free when the buffer of Q is that goes with it.
+  __device__ void wait_for_slot() {
+    ptx::mbarrier_wait(shared_.empty_q(q_.stage()), q_.parity() ^ 1);
+  }
+
+  // Tells the consumers of a block of work. Lanes take the warpgroups' shares of it; the second
+  // time all warpgroups look at all tiles together.
+  __device__ void describe(int iteration, const BlockIndex& block) const {
+    Work<T>& work = shared_.work(q_);
+    Sequence rows = Sequence::of<T::kBlockM>(a_.params, block);
+    if (is_elected()) {
+      work.iteration = iteration;
+      work.b = static_cast<int>(block.b);
+      work.head = block.head;
+      work.split = block.split;
+      work.sequence = rows;
+      work.range = rows.template tiles<T::kBlockN>(block.split, a_.params.split.count);
+    }
+    __syncwarp();
+    const int warpgroup = static_cast<int>(threadIdx.x % kWarp);
+    if (warpgroup < T::kConsumers) {
+      rows.row_begin += 64 * warpgroup;
+      rows.rows = min(max(rows.rows - 64 * warpgroup, 0), 64);
+      TileRange own = rows.template tiles<T::kBlockN>();
+      own.begin = min(max(own.begin, work.range.begin), work.range.end);
+      own.end = min(own.end, work.range.end);
+      work.own[warpgroup] = suspects_.has_begun() ? work.range : own;
+    }
+    __syncwarp();
+  }
+
+  __device__ void arrive_q() {
+    if (is_elected()) ptx::mbarrier_arrive(shared_.full_q(q_.stage()));
+    q_.advance();
+  }
+
+  // Coordinates of a broadcast dimension are 0. Each load finds out for itself: registers are few.
+  __device__ static int at(int coordinate, int64_t stride) {
+    return stride == 0 ? 0 : static_cast<int>(recomputed(static_cast<unsigned>(coordinate)));
+  }
 
   __device__ void load_q() {
-    ptx::mbarrier_wait(shared_.empty_q(), q_.parity ^ 1);
-    if (elected_) {
+    if (is_elected()) {
       const StridedTensor& q = a_.params.q;
-      ptx::mbarrier_arrive_expect(shared_.full_q(), T::kBytesQ);
+      const uint32_t full = shared_.full_q(q_.stage());
+      ptx::mbarrier_arrive_expect(full, T::kBytesQ);
 #pragma unroll
       for (int box = 0; box < T::kBoxes; ++box) {
-        ptx::tma_load(shared_.q() + box * T::kBoxQ, &a_.maps.q, shared_.full_q(),
-                      box * T::kBoxColumns, at(row_, q.row), at(head_, q.head),
-                      at(batch_, q.batch));
+        ptx::tma_load(shared_.q(q_.stage()) + box * T::kBoxQ, &a_.maps.q, full,
+                      box * T::kBoxColumns, at(rows_.row, q.row), at(rows_.head, q.head),
+                      at(keys_.batch, q.batch));
       }
     }
     q_.advance();
@@ -52,50 +128,50 @@ class Producer {
 
   // The bias travels with K.
   __device__ void load_k(int n) {
-    const uint32_t full = shared_.full_k(k_.stage);
-    ptx::mbarrier_wait(shared_.empty_k(k_.stage), k_.parity ^ 1);
-    if (elected_) {
+    const uint32_t full = shared_.full_k(k_.stage());
+    ptx::mbarrier_wait(shared_.empty_k(k_.stage()), k_.parity() ^ 1);
+    if (is_elected()) {
       ptx::mbarrier_arrive_expect(full, T::kBytesK + T::kBytesBias);
-      load_boxes(n, shared_.k(k_.stage), &a_.maps.k, full, a_.params.k);
+      load_boxes(n, keys_, shared_.k(k_.stage()), &a_.maps.k, full, a_.params.k);
       if constexpr (T::kHasBias) {
         const BiasParams& bias = a_.params.bias;
 #pragma unroll
         for (int box = 0; box < T::kBiasBoxes; ++box) {
-          ptx::tma_load(shared_.bias(k_.stage) + box * T::kBoxBias, &a_.maps.bias, full,
-                        n * T::kBlockN + box * T::kBiasColumns, at(row_, bias.row),
-                        at(head_, bias.head), at(batch_, bias.batch));
+          ptx::tma_load(shared_.bias(k_.stage()) + box * T::kBoxBias, &a_.maps.bias, full,
+                        n * T::kBlockN + box * T::kBiasColumns, at(rows_.row, bias.row),
+                        at(rows_.head, bias.head), at(keys_.batch, bias.batch));
         }
       }
     }
     k_.advance();
   }
 
-  __device__ void load_v(int n) {
-    const uint32_t full = shared_.full_v(v_.stage);
-    ptx::mbarrier_wait(shared_.empty_v(v_.stage), v_.parity ^ 1);
-    if (elected_) {
+  __device__ void load_v(Turn<T::kStages> turn, int n, const KeysPlace& place) const {
+    const uint32_t full = shared_.full_v(turn.stage());
+    ptx::mbarrier_wait(shared_.empty_v(turn.stage()), turn.parity() ^ 1);
+    if (is_elected()) {
       ptx::mbarrier_arrive_expect(full, T::kBytesK);
-      load_boxes(n, shared_.v(v_.stage), &a_.maps.v, full, a_.params.v);
+      load_boxes(n, place, shared_.v(turn.stage()), &a_.maps.v, full, a_.params.v);
     }
-    v_.advance();
   }
 
-  __device__ void load_boxes(int n, uint32_t to, const CUtensorMap* map, uint32_t full,
-                             const StridedTensor& tensor) const {
+  __device__ void load_boxes(int n, const KeysPlace& place, uint32_t to, const CUtensorMap* map,
+                             uint32_t full, const StridedTensor& tensor) const {
 #pragma unroll
     for (int box = 0; box < T::kBoxes; ++box) {
       ptx::tma_load(to + box * T::kBoxK, map, full, box * T::kBoxColumns,
-                    at(n * T::kBlockN, tensor.row), at(head_k_, tensor.head),
-                    at(batch_, tensor.batch));
+                    at(n * T::kBlockN, tensor.row), at(place.head, tensor.head),
+                    at(place.batch, tensor.batch));
     }
   }
 
   const Arguments& a_;
   Shared<T> shared_;
-  bool elected_;
-  int row_ = 0, head_ = 0, head_k_ = 0, batch_ = 0;  // coordinates of the block of work
-  Turn<1> q_;
-  Turn<T::kStages> k_, v_;
+  Suspects<T> suspects_;
+  RowsPlace rows_;
+  KeysPlace keys_;
+  Turn<T::kStagesQ> q_;
+  Turn<T::kStages> k_;  // of the next tile of K
 };
 
 }  // namespace pfa::cuda::sm90

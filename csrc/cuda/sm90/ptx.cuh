@@ -11,6 +11,12 @@
 
 namespace pfa::cuda::ptx {
 
+__device__ __forceinline__ uint64_t pair_of_words(uint32_t low, uint32_t high) {
+  uint64_t pair;
+  asm("mov.b64 %0, {%1, %2};\n" : "=l"(pair) : "r"(low), "r"(high));
+  return pair;
+}
+
 // An mbarrier's phase ends after `count` arrivals, when all bytes it was told of have come.
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(count) : "memory");

@@ -27,17 +27,16 @@ class ScoreStep {
   static constexpr int kWords = (T::kBlockN + kMaskKeys - 1) / kMaskKeys;
   using Bits = uint32_t[kWords];
 
-  __device__ explicit ScoreStep(const Params& p)
-      : p_(p), scale_(real_scale(p)), unit_(score_unit(p)) {}
+  __device__ explicit ScoreStep(const Params& p) : p_(p) {}
 
   // What one unit of the scores is worth in powers of two.
-  [[nodiscard]] __device__ float unit() const { return unit_; }
+  [[nodiscard]] __device__ float unit() const { return p_.score_unit; }
 
   // A negative scale moves its sign to the sums, so that the largest score has the largest
   // probability.
   __device__ void apply_sign(Scores<T>& s) const {
     if constexpr (T::kHasBias) return;
-    if (scale_ >= 0.0f) return;
+    if (p_.softmax_scale >= 0.0f) return;
 #pragma unroll
     for (int n = 0; n < kTilesS; ++n) {
 #pragma unroll
@@ -62,30 +61,33 @@ class ScoreStep {
         float* pair_s = &s[0][n + i / 2][i % 2 * 2];
         if (careful && pair.x == -kInfinity) pair_s[0] = 0.0f;
         if (careful && pair.y == -kInfinity) pair_s[1] = 0.0f;
-        pair_s[0] = fmaf(pair_s[0], scale_, pair.x);
-        pair_s[1] = fmaf(pair_s[1], scale_, pair.y);
+        pair_s[0] = fmaf(pair_s[0], p_.softmax_scale, pair.x);
+        pair_s[1] = fmaf(pair_s[1], p_.softmax_scale, pair.y);
       }
     }
   }
 
-  __device__ void mask_band(Scores<T>& s, const Sequence& sequence, int n) const {
-    const int64_t tile_begin = static_cast<int64_t>(n) * T::kBlockN;
+  // Tile n, which the left or the right edge of the band crosses, or both.
+  __device__ void mask_band(Scores<T>& s, const Sequence& sequence, int n, bool left,
+                            bool right) const {
     const int lane = static_cast<int>(recomputed(threadIdx.x) % kWarp);
-    const int first_column = accumulator_column(lane, 0);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const mask::Columns columns = mask::columns_of_row(
-          sequence, p_.band, first_row() + accumulator_row(lane, 2 * r), tile_begin, T::kBlockN);
-      const int skipped = columns.first - first_column;
-      const auto width = static_cast<unsigned>(max(columns.last - columns.first, 0));
+          sequence, first_row() + accumulator_row(lane, 2 * r), n * T::kBlockN, T::kBlockN);
+      const int first = columns.first - accumulator_column(lane, 0);
+      const int last = columns.last - accumulator_column(lane, 0);
+      const auto mask_if = [&](auto is_outside) {
 #pragma unroll
-      for (int i = 0; i < kTilesS; ++i) {
+        for (int i = 0; i < kTilesS; ++i) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const bool keep = static_cast<unsigned>(8 * i + c - skipped) < width;
-          if (!keep) s[0][i][2 * r + c] = -kInfinity;
+          for (int c = 0; c < 2; ++c) {
+            if (is_outside(8 * i + c)) s[0][i][2 * r + c] = -kInfinity;
+          }
         }
-      }
+      };
+      if (left) mask_if([first](int column) { return column < first; });
+      if (right) mask_if([last](int column) { return column >= last; });
     }
   }
 
@@ -96,7 +98,7 @@ class ScoreStep {
     const PackedMaskParams& packed = p_.mask;
     const int64_t cell = static_cast<int64_t>(n) * kWords;
     const int64_t row_group = (work.sequence.row_begin + first_row()) / kMaskRows;
-    const uint32_t* words = packed.bits + work.block.b * packed.bits_batch +
+    const uint32_t* words = packed.bits + work.b * packed.bits_batch +
                             row_group * packed.bits_row_group + cell * kWarp + threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
@@ -118,8 +120,6 @@ class ScoreStep {
 
  private:
   const Params& p_;
-  float scale_;  // of a sum, its sign included
-  float unit_;
 };
 
 }  // namespace pfa::cuda::sm90

@@ -12,7 +12,7 @@
 namespace pfa::cuda::sm90 {
 namespace {
 
-constexpr int64_t kMostStride = int64_t{1} << 40, kMostRows = (int64_t{1} << 31) - 1;
+constexpr int64_t kMostStride = int64_t{1} << 40, kMostRows = int64_t{1} << 29;
 constexpr int64_t kChunk = 16;  // bytes: any legal stride
 
 using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,

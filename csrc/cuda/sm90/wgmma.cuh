@@ -12,16 +12,22 @@
 namespace pfa::cuda::sm90 {
 
 // How an operand lies in shared memory: rows of kRowBytes = 128 or 64 bytes, swizzled at that
-// width.
+// width. Only the low word differs between operands: it alone takes a register.
 template <int kRowBytes>
 struct Descriptor {
+  uint32_t low;
+
   // Of the tile at a multiple of 8 rows. `block_bytes`: from one block of kRowBytes columns to the
   // next, for an operand that is read transposed; otherwise ignored.
-  __device__ static uint64_t of(uint32_t shared, int block_bytes) {
-    constexpr uint64_t kLayout = kRowBytes == 128 ? 1 : 2;
+  __device__ static Descriptor of(uint32_t shared, int block_bytes) {
+    return {(shared & 0x3ffffu) >> 4 | static_cast<uint32_t>(block_bytes >> 4) << 16};
+  }
+  // That many bytes further on. Shared memory ends before the addresses' 18 bits do.
+  [[nodiscard]] __device__ uint64_t at(int bytes) const {
+    constexpr uint32_t kLayout = kRowBytes == 128 ? 1 : 2;
     static_assert(kRowBytes == 128 || kRowBytes == 64);
-    return (shared & 0x3ffffu) >> 4 | static_cast<uint64_t>(block_bytes >> 4) << 16 |
-           static_cast<uint64_t>(8 * kRowBytes >> 4) << 32 | kLayout << 62;
+    return ptx::pair_of_words(low + static_cast<uint32_t>(bytes >> 4),
+                              static_cast<uint32_t>(8 * kRowBytes >> 4) | kLayout << 30);
   }
 };
 
