@@ -62,13 +62,15 @@ def why_not(
         return f"device {query.device}"
     if dropout > 0:
         return f"dropout {dropout}"
-    if query.shape[2] == 1:
+    shape_k = key.shape
+    batch, heads, rows, head_dim = query.shape
+    heads_k = shape_k[1]
+    if rows == 1:
         return "one query token"
-    if query.shape[0] != key.shape[0]:
-        return f"batch {query.shape[0]} of query and {key.shape[0]} of key"
-    if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
+    if batch != shape_k[0]:
+        return f"batch {batch} of query and {shape_k[0]} of key"
+    if shape_k != value.shape or head_dim != shape_k[3]:
         return "head dimensions of query, key and value differ"
-    heads, heads_k, head_dim = query.shape[1], key.shape[1], query.shape[-1]
     if heads > _MAX_HEADS or heads % heads_k or heads > _MAX_GROUP * heads_k:
         return f"{heads} query heads over {heads_k} key heads"
     if head_dim > _MAX_HEAD_DIM:
@@ -96,15 +98,16 @@ def attend(
     drop, bias = _split(masks, query, key)
     if causal and drop is not None:
         raise ValueError("a causal call takes no bool mask")
+    _, heads, _, head_dim = query.shape
     return prompt_flash_attention(
         query,
         key,
         value,
         pse_shift=bias,
         atten_mask=drop,
-        num_heads=query.shape[1],
+        num_heads=heads,
         num_key_value_heads=key.shape[1],
-        scale_value=query.shape[-1] ** -0.5 if scale is None else scale,
+        scale_value=head_dim**-0.5 if scale is None else scale,
         input_layout="BNSD_BSND",
         sparse_mode=2 if causal else 0,
         pre_tokens=_UNLIMITED,
