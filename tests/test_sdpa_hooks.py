@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-import pfa
-from pfa.integrations import _sdpa, torch_sdpa
+from pfa.integrations import torch_sdpa
 
 attention = pytest.importorskip("diffusers.models.attention_dispatch")
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel  # noqa: E402
@@ -27,19 +26,6 @@ Calls = list[dict[str, Any]]
 def _registered() -> None:
     integration.register()
     torch_sdpa.register()
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """The keyword arguments of every call that reached the operator."""
-    seen: Calls = []
-
-    def spy(*tensors: Tensor, **arguments: Any) -> Tensor:
-        seen.append(arguments)
-        return pfa.prompt_flash_attention(*tensors, **arguments)
-
-    monkeypatch.setattr(_sdpa, "prompt_flash_attention", spy)
-    return seen
 
 
 @pytest.fixture(autouse=True)
