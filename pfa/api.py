@@ -183,8 +183,9 @@ def _call(
     if torch.compiler.is_compiling():
         out = op(query, key, value, **others)
         return out
+    given = {name: x for name, x in others.items() if x is not None}  # each costs 0.4 us
     try:
-        out = op(query, key, value, **others)
+        out = op(query, key, value, **given)
     except RuntimeError as error:
         raise _typed(error) from None
     return out

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # Before torch loads OpenMP: threads that wait asleep make these many small calls 7 times faster
 # where another process wants the same cores (61 s to 8 s on 2 cores), and no slower elsewhere.
@@ -78,6 +79,22 @@ def on_cuda() -> backends.Backend:
     if backend is None:
         pytest.skip("needs a GPU and a library with CUDA kernels, or --backend sim")
     return backend
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The keyword arguments of every call of an integration that reached the operator."""
+    import pfa
+    from pfa.integrations import _sdpa
+
+    seen: list[dict[str, Any]] = []
+
+    def spy(*tensors: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        seen.append(arguments)
+        return pfa.prompt_flash_attention(*tensors, **arguments)
+
+    monkeypatch.setattr(_sdpa, "prompt_flash_attention", spy)
+    return seen
 
 
 @pytest.fixture(autouse=True)

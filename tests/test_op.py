@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator as a citizen of PyTorch: opcheck, compile, export, AOTInductor, strides, memory."""
+"""The operator as a citizen of PyTorch: opcheck, fakes, graphs, strides, autograd, memory."""
 
 from __future__ import annotations
 
@@ -272,24 +272,6 @@ class Layer(torch.nn.Module):
             sparse_mode=3,
             actual_seq_lengths_kv=[memory.shape[1] - 1],
         )
-
-
-def test_export_and_aot_inductor(tmp_path: pathlib.Path) -> None:
-    layer = Layer().eval()
-    any_size = torch.export.Dim.DYNAMIC
-    sizes = ({0: any_size, 1: any_size}, {0: any_size, 1: any_size})
-    example = random(torch.bfloat16, B, SQ, N * D), random(torch.bfloat16, B, SK, N * D)
-    others = random(torch.bfloat16, 3, 5, N * D), random(torch.bfloat16, 3, 11, N * D)
-    with torch.no_grad():
-        program = torch.export.export(layer, example, dynamic_shapes=sizes)
-        package = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "layer.pt2")
-        )
-        loaded = torch._inductor.aoti_load_package(package)
-        for inputs in (example, others):
-            expected = layer(*inputs)
-            assert torch.equal(program.module()(*inputs), expected)
-            torch.testing.assert_close(loaded(*inputs), expected)
 
 
 def test_gradients_are_refused() -> None:

@@ -10,6 +10,7 @@ void pack_queries(const Block& block, const BlockScratch<Dot>& scratch) {
   const SourceRows rows = source_rows(block.problem.q, block.problem, block.b, block.head);
   const int64_t groups = scratch.ldq / Dot::kPlanes;
   alignas(64) uint32_t stage[512];
+  prefetch(rows, block.row_begin, block.row_begin + block.rows);
   for (int r = 0; r < static_cast<int>(round_up(block.rows, kRows)); ++r) {
     uint32_t* out = scratch.q + r * scratch.ldq;
     if (r >= block.rows) {
@@ -177,7 +178,7 @@ void attend(const Plan& plan, int64_t b, int64_t head, int64_t m_block, const st
     [[maybe_unused]] const typename Dot::Session session;
     std::fill_n(scratch.row_max, BlockScratch<Dot>::kStateRows, kNoMax);
     std::fill_n(scratch.row_sum, BlockScratch<Dot>::kStateRows, 0.0f);
-    std::fill_n(scratch.o, kBlockM * scratch.ldo, 0.0f);
+    std::fill_n(scratch.o, round_up(block.rows, kRows) * scratch.ldo, 0.0f);
     if constexpr (Dot::kScaled) {
       attend_tiles_fixed<Dot>(block, scratch, tiles, first_tile);
     } else {

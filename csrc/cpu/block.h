@@ -7,6 +7,7 @@ namespace pfa::cpu::PFA_ISA {
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kNoMax = -3.402823466e38f;  // row_max of a row that has seen no key: see softmax.h
 constexpr int kPaddedRows = (kRows + kLanes - 1) / kLanes * kLanes;
+static_assert(kColumnStep % (2 * kLanes) == 0 && kPanel % kColumnStep == 0);
 
 // How scores become probabilities, for a whole call.
 struct SoftmaxParams {
@@ -102,6 +103,11 @@ struct StripView {
   const uint8_t* mask[kRows];  // dense mask at tile column 0; null: none, or all visible
   const void* bias[kRows];     // bias at tile column 0; null: none
   int columns = 0;             // tile columns that exist: mask and bias hold no more
+  int last_width = 0;          // columns of the last visible panel that are computed
+
+  [[nodiscard]] int width(int i) const { return i + 1 < panels ? kPanel : last_width; }
+  // Of the visible panels, one after the other.
+  [[nodiscard]] int computed_columns() const { return (panels - 1) * kPanel + last_width; }
 };
 
 // One pass of kRows rows of the block over a tile.
@@ -165,6 +171,9 @@ inline StripView view_strip(const Block& block, int first, int64_t tile_begin) {
     view.panel[view.panels++] = panel;
     if (begin_max > base || end_min < base + kPanel) view.masked = true;
     if (visibility && visibility[panel] == Visibility::kSome) dense = true;
+  }
+  if (view.panels > 0) {
+    view.last_width = packed_width(view.columns - int64_t{view.panel[view.panels - 1]} * kPanel);
   }
   if (dense) {
     view.masked = true;

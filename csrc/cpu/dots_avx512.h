@@ -72,8 +72,9 @@ struct DotI8 {
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
   // q is stored as q + 128, so every score starts at -128 * sum(k).
-  static void initial_accumulators(const uint32_t* keys, int64_t groups, uint32_t* out) {
-    for (int v = 0; v < kPanel; v += kLanes) {
+  static void initial_accumulators(const uint32_t* keys, int64_t groups, int columns,
+                                   uint32_t* out) {
+    for (int v = 0; v < columns; v += kLanes) {
       VI sum = isplat(0);
       for (int64_t g = 0; g < groups; ++g) {
         sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(-128), iload(keys + g * kPanel + v));

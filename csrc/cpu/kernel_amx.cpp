@@ -8,7 +8,7 @@
 PFA_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define PFA_ISA amx
 namespace pfa::cpu::PFA_ISA {
-constexpr int kRows = 32;
+constexpr int kRows = 32, kColumnStep = kPanel;
 }  // namespace pfa::cpu::PFA_ISA
 
 // clang-format off: each builds on those above it

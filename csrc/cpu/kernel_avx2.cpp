@@ -10,7 +10,7 @@ PFA_TARGET_BEGIN("avx2,fma,f16c")
 #define PFA_ISA avx2
 namespace pfa::cpu::PFA_ISA {
 // 6 x 2 accumulators, 2 loads and a broadcast fill the 16 vector registers.
-constexpr int kRows = 6, kVectors = 2;
+constexpr int kRows = 6, kVectors = 2, kColumnStep = 16;
 }  // namespace pfa::cpu::PFA_ISA
 
 // clang-format off: each builds on those above it

@@ -5,7 +5,7 @@
 #define PFA_ISA portable
 namespace pfa::cpu::PFA_ISA {
 // As for AVX2: SSE2 and NEON have at least 16 vector registers.
-constexpr int kRows = 6, kVectors = 2;
+constexpr int kRows = 6, kVectors = 2, kColumnStep = 8;
 }  // namespace pfa::cpu::PFA_ISA
 
 // clang-format off: each builds on those above it

@@ -8,10 +8,16 @@
 //               then words [kPlanes][groups_k][64 keys]
 //   values      per key panel, per channel panel: words [kPlanes][64 / kPack groups][64 channels]
 //
-// Keys past the valid length and channels past head_dim are zero.
+// Keys past the valid length and channels past head_dim are zero up to a multiple of kColumnStep;
+// what lies beyond in their panels is neither written nor read.
 #pragma once
 
 namespace pfa::cpu::PFA_ISA {
+
+// Of the `count` keys or channels from the start of a panel on, how many are packed and computed.
+inline int packed_width(int64_t count) {
+  return static_cast<int>(std::min<int64_t>(round_up(count, kColumnStep), kPanel));
+}
 
 struct alignas(64) TileHeader {
   uint32_t nonfinite_values;  // bit i: key panel i holds an infinite or NaN value
@@ -25,6 +31,7 @@ struct TileLayout {
   explicit TileLayout(const Plan& plan)
       : head_dim(plan.problem->head_dim),
         padded_d(int64_t{plan.d_panels} * kPanel),
+        packed_d(round_up(plan.problem->head_dim, kColumnStep)),
         panels(plan.block_n / kPanel),
         groups_k(round_up(ceil_div(plan.problem->head_dim, Dot::kPack), Dot::kGroupAlign)),
         unit_words(Dot::kScaled ? padded_d + kMaxBlockN : 0),
@@ -53,6 +60,7 @@ struct TileLayout {
 
   int64_t head_dim;
   int64_t padded_d;
+  int64_t packed_d;
   int panels;
   int64_t groups_k;
   int64_t unit_words, key_panel_words, value_panel_words;
@@ -75,6 +83,16 @@ inline SourceRows source_rows(const InputView& view, const Problem& problem, int
           size * view.row, problem.dtype, problem.head_dim};
 }
 
+// Rows of one head lie a whole token apart, where the processor's own prefetching is late.
+inline void prefetch(const SourceRows& rows, int64_t begin, int64_t end) {
+  const int64_t bytes = rows.d * (rows.dtype == DType::kInt8 ? 1 : 2);
+  for (int64_t j = begin; j < end; ++j) {
+    for (int64_t at = 0; at < bytes; at += 64) {
+      __builtin_prefetch(static_cast<const std::byte*>(rows.row(j)) + at);
+    }
+  }
+}
+
 inline bool all_finite(const SourceRows& rows, int64_t begin, int64_t end) {
   if (rows.dtype == DType::kInt8) return true;
   VF zero = splat(0.0f);  // 0 * infinity and 0 * NaN are NaN, and stay
@@ -93,7 +111,7 @@ void pack_key_panel(const TileLayout<Dot>& layout, const SourceRows& keys, int64
   constexpr int64_t kWordsPadded = 512;  // room for the longest row of the widest operand
   alignas(64) uint32_t stage[16 * kWordsPadded];
   alignas(64) uint32_t last[16 * 16];
-  for (int column = 0; column < kPanel; column += 16) {
+  for (int column = 0; column < packed_width(end - begin); column += 16) {
     if (begin + column >= end) {
       for (int64_t g = 0; g < layout.groups_k; ++g) std::memset(out + g * kPanel + column, 0, 64);
       continue;
@@ -130,9 +148,10 @@ void pack_value_panel(const TileLayout<Dot>& layout, const SourceRows& values, i
   constexpr int kGroups = kPanel / Dot::kPack;
   alignas(64) Element stage[Dot::kPack * 512];
   constexpr int64_t kChannelPanel = Dot::kPlanes * kGroups * kPanel;  // words
-  for (int group = 0; group < kGroups; ++group) {
+  const int groups = packed_width(end - begin) / Dot::kPack;
+  for (int group = 0; group < groups; ++group) {
     if (begin + group * Dot::kPack >= end) {
-      for (int64_t d = 0; d < layout.padded_d; d += kPanel) {
+      for (int64_t d = 0; d < layout.packed_d; d += kPanel) {
         std::memset(out + d / kPanel * kChannelPanel + group * kPanel, 0, kPanel * 4);
       }
       continue;
@@ -142,12 +161,12 @@ void pack_value_panel(const TileLayout<Dot>& layout, const SourceRows& values, i
       Element* row = stage + i * layout.padded_d;
       if (j < end) {
         if (row_scales != nullptr) how.scale = row_scales[j - begin];
-        Dot::convert(values.dtype, values.row(j), values.d, layout.padded_d, how, row);
+        Dot::convert(values.dtype, values.row(j), values.d, layout.packed_d, how, row);
       } else {
-        std::memset(row, 0, static_cast<size_t>(layout.padded_d) * sizeof(Element));
+        std::memset(row, 0, static_cast<size_t>(layout.packed_d) * sizeof(Element));
       }
     }
-    for (int64_t d = 0; d < layout.padded_d; d += kLanes) {
+    for (int64_t d = 0; d < layout.packed_d; d += kLanes) {
       istore(out + d / kPanel * kChannelPanel + group * kPanel + d % kPanel,
              Dot::interleave(stage + d, layout.padded_d));
     }
@@ -200,7 +219,8 @@ void pack_panel(const TileLayout<Dot>& layout, const SourceRows& keys, const Sou
                           value_words + plane * kPanel * kPanel / Dot::kPack);
   }
   if constexpr (Dot::kUnsignedA) {
-    Dot::initial_accumulators(key_words, layout.groups_k, key_words - kPanel);
+    Dot::initial_accumulators(key_words, layout.groups_k, packed_width(end - begin),
+                              key_words - kPanel);
   }
 }
 
@@ -217,6 +237,8 @@ void pack_tile(const Plan& plan, int64_t b, int64_t head_k, int64_t begin, std::
   if constexpr (Dot::kScaled) choose_scales<Dot>(layout, keys, values, begin, end, scales, tile);
   for (int panel = 0; begin + panel * kPanel < end; ++panel) {
     const int64_t first = begin + panel * kPanel, last = std::min(end, first + kPanel);
+    prefetch(values, first, last);
+    prefetch(keys, first, last);
     if (!all_finite(values, first, last)) header.nonfinite_values |= 1u << panel;
     if (header.inexact) continue;
     pack_panel<Dot>(layout, keys, values, first, last, panel, &scales,

@@ -28,7 +28,7 @@ float finish_scores(const StripView& view, const SoftmaxParams& params, float sc
   for (int i = 0; i < view.panels; ++i) {
     const int base = view.panel[i] * kPanel;
     const bool partial = view.begin[r] > base || view.end[r] < base + kPanel;
-    for (int v = 0; v < kPanel; v += kLanes) {
+    for (int v = 0; v < view.width(i); v += kLanes) {
       const int column = base + v;
       const int count = std::clamp(view.columns - column, 0, kLanes);
       uint32_t* at = s + i * kPanel + v;
@@ -90,7 +90,7 @@ PFA_INLINE float exponentiate(const Strip<Dot>& strip, const SoftmaxParams& para
   const uint32_t* s = strip.scratch.s + r * kMaxBlockN;
   uint32_t* p = strip.scratch.p + r * strip.scratch.ldp;
   VF sum0 = splat(0.0f), sum1 = sum0;
-  for (int i = 0; i < strip.view.panels * kPanel; i += 2 * kLanes) {
+  for (int i = 0; i < strip.view.computed_columns(); i += 2 * kLanes) {
     const VF e0 = exp2<Dot::kDegree>(exponent(s + i));
     const VF e1 = exp2<Dot::kDegree>(exponent(s + i + kLanes));
     sum0 = add(sum0, e0);
@@ -115,7 +115,7 @@ PFA_INLINE float exponentiate_fixed(const Strip<Dot>& strip, int r, const Expone
     const auto* units = reinterpret_cast<const float*>(strip.words() + strip.layout.key_units()) +
                         strip.view.panel[i] * kPanel;
     VF panel = splat(0.0f);
-    for (int v = 0; v < kPanel; v += kLanes) {
+    for (int v = 0; v < strip.view.width(i); v += kLanes) {
       uint32_t* at = s + i * kPanel + v;
       const VF e = exp2<Dot::kDegree>(exponent(at));
       const VF weight = mul(e, load(units + v));
@@ -131,7 +131,7 @@ PFA_INLINE float exponentiate_fixed(const Strip<Dot>& strip, int r, const Expone
       peak > 0.0f ? std::min(Dot::kMaxElement / peak, Dot::kMaxSumP / panel_sum) : 1.0f;
   strip.unit[r] = 1.0f / steps;
   const auto* weights = reinterpret_cast<const float*>(s);
-  for (int i = 0; i < strip.view.panels * kPanel; i += 2 * kLanes) {
+  for (int i = 0; i < strip.view.computed_columns(); i += 2 * kLanes) {
     Dot::store_p(strip.scratch.p + r * strip.scratch.ldp, i, mul(load(weights + i), splat(steps)),
                  mul(load(weights + i + kLanes), splat(steps)));
   }
@@ -154,7 +154,7 @@ PFA_INLINE float weigh_row(const Strip<Dot>& strip, const SoftmaxParams& params,
 template <class Dot>
 PFA_INLINE void softmax_strip(const Strip<Dot>& strip, const SoftmaxParams& params) {
   const StripView& view = strip.view;
-  const int columns = view.panels * kPanel;
+  const int columns = view.computed_columns();
   const bool finish = view.masked || view.bias[0] || !params.monotonic;
   const auto scores = [&](int r) { return strip.scratch.s + r * kMaxBlockN; };
   alignas(64) float largest[kPaddedRows], scale[kPaddedRows];

@@ -21,35 +21,42 @@ PFA_INLINE void multiply(typename Dot::Acc (&acc)[kRows][kCount], const uint32_t
   }
 }
 
-// s[r][i * 64 + ...] = q rows . keys of visible panel i
-template <class Dot>
-PFA_NOINLINE void score_strip(const Strip<Dot>& strip) {
-  for (int i = 0; i < strip.view.panels; ++i) {
-    const uint32_t* keys = strip.words() + strip.layout.keys(strip.view.panel[i]);
-    const uint32_t* words = keys + (Dot::kUnsignedA ? kPanel : 0);
-    for (int v = 0; v < kPanel; v += kVectors * kLanes) {
-      typename Dot::Acc acc[kRows][kVectors];
+// s[r][i * 64 + v ...] = q rows . kCount vectors of keys from column v of visible panel i
+template <class Dot, int kCount>
+PFA_INLINE void score_columns(const Strip<Dot>& strip, int i, int v) {
+  const uint32_t* keys = strip.words() + strip.layout.keys(strip.view.panel[i]);
+  const uint32_t* words = keys + (Dot::kUnsignedA ? kPanel : 0);
+  typename Dot::Acc acc[kRows][kCount];
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-        for (int u = 0; u < kVectors; ++u) {
-          if constexpr (Dot::kUnsignedA) {
-            acc[r][u] = iload(keys + v + u * kLanes);
-          } else {
-            acc[r][u] = Dot::zero();
-          }
-        }
-      }
-      multiply<Dot>(acc, strip.q(), strip.scratch.ldq, words + v, strip.layout.groups_k);
-      uint32_t* s = strip.scratch.s + i * kPanel + v;
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-        for (int u = 0; u < kVectors; ++u) {
-          istore(s + r * kMaxBlockN + u * kLanes, as_int(acc[r][u]));
-        }
+    for (int u = 0; u < kCount; ++u) {
+      if constexpr (Dot::kUnsignedA) {
+        acc[r][u] = iload(keys + v + u * kLanes);
+      } else {
+        acc[r][u] = Dot::zero();
       }
     }
+  }
+  multiply<Dot>(acc, strip.q(), strip.scratch.ldq, words + v, strip.layout.groups_k);
+  uint32_t* s = strip.scratch.s + i * kPanel + v;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int u = 0; u < kCount; ++u) {
+      istore(s + r * kMaxBlockN + u * kLanes, as_int(acc[r][u]));
+    }
+  }
+}
+
+template <class Dot>
+PFA_NOINLINE void score_strip(const Strip<Dot>& strip) {
+  constexpr int kStep = kVectors * kLanes, kNarrow = kColumnStep / kLanes;
+  for (int i = 0; i < strip.view.panels; ++i) {
+    const int width = strip.view.width(i);
+    int v = 0;
+    for (; v + kStep <= width; v += kStep) score_columns<Dot, kVectors>(strip, i, v);
+    for (; v < width; v += kColumnStep) score_columns<Dot, kNarrow>(strip, i, v);
   }
 }
 
@@ -64,12 +71,14 @@ PFA_NOINLINE void accumulate_panels(const Strip<Dot>& strip, int64_t d, int begi
     for (int u = 0; u < kCount; ++u) acc[r][u] = Dot::zero();
   }
   constexpr int kGroups = kPanel / Dot::kPack;
+  static_assert(kColumnStep % Dot::kPack == 0);
   const int d_panel = static_cast<int>(d / kPanel);
   for (int i = begin; i < end; ++i) {
     const int panel = strip.view.panel[i];
     if (strip.has_nonfinite(panel)) continue;
     multiply<Dot>(acc, strip.scratch.p + i * kGroups, strip.scratch.ldp,
-                  strip.words() + strip.layout.values(panel, d_panel) + d % kPanel, kGroups);
+                  strip.words() + strip.layout.values(panel, d_panel) + d % kPanel,
+                  strip.view.width(i) / Dot::kPack);
   }
   const auto* units =
       reinterpret_cast<const float*>(strip.words() + strip.layout.channel_units()) + d;

@@ -2,11 +2,12 @@
 """``attn_implementation="pfa"`` for Hugging Face transformers.
 
 Calls that the operator does not compute (float32, training, decoding one token, ...) go to
-transformers' own SDPA function and leave one debug line in the logger ``pfa``. A call that SDPA
-would get wrong too is an error.
+transformers' own SDPA function; what SDPA lacks (attention sinks, a soft cap of the scores) is
+computed with plain torch operators. Each leaves one debug line in the logger ``pfa``.
 """
 
-import logging
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -14,11 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pfa import prompt_flash_attention
+from ._sdpa import attend, check_mask, log_delegation, why_not
 
-_logger = logging.getLogger("pfa")
-_UNLIMITED = 2**31 - 1
-_MAX_HEAD_DIM, _MAX_HEADS, _MAX_GROUP = 512, 256, 64
+_LIBRARY = "transformers"
 
 
 def register(name: str = "pfa") -> None:
@@ -35,14 +34,18 @@ def register(name: str = "pfa") -> None:
 
     Notes
     -----
-    float16 and bfloat16 prefill without gradients runs on ``torch.ops.pfa.forward``. A query row
-    that sees no key gives zeros, where SDPA averages V or gives NaN; such rows are padding.
+    float16 and bfloat16 prefill without gradients runs on ``torch.ops.pfa.forward``. A float32
+    model keeps its precision: all its calls go to SDPA, so load it in 16 bits to use the operator.
+    A query row that sees no key gives zeros, where SDPA averages V or gives NaN; such rows are
+    padding.
 
     Examples
     --------
     >>> import pfa.integrations.transformers
     >>> pfa.integrations.transformers.register()
     """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name must be a non-empty str, got {name!r}")
     AttentionInterface.register(name, pfa_attention_forward)
     AttentionMaskInterface.register(name, sdpa_mask)
 
@@ -67,125 +70,99 @@ def pfa_attention_forward(
         The attention layer; its ``is_causal`` counts where the argument is None.
     query : Tensor, (B, N, S_q, D)
     key, value : Tensor, (B, N_kv, S_kv, D)
-    attention_mask : Tensor, (1|B, 1|N, S_q, S_kv), optional
+    attention_mask : Tensor, broadcastable to (B, N, S_q, S_kv), optional
         bool with True = *keep*, or float to add to the scores.
     scaling : float, optional
         Factor of the scores; 1 / sqrt(D) where absent.
-    position_bias : Tensor, broadcastable to (1|B, N, S_q, S_kv), optional
+    position_bias : Tensor, broadcastable to (B, N, S_q, S_kv), optional
         Added to the scaled scores, on top of the mask.
+    softcap : float, optional
+        Scores become ``softcap * tanh(scores / softcap)`` before the mask.
+    s_aux : Tensor, (N,), optional
+        Attention sinks: the score of one more key per head, whose value is zero.
 
     Returns
     -------
     tuple of Tensor, (B, S_q, N, D), and None
-        The attention weights are never materialised.
-    """
-    if kwargs.get("s_aux") is not None:
-        raise NotImplementedError(
-            "s_aux (attention sinks) must be None for attn_implementation='pfa', got a tensor; "
-            "use attn_implementation='eager' for this model"
-        )
-    reason = _why_not(query, key, value, attention_mask, dropout, position_bias, kwargs)
-    if reason is not None:
-        # A log call would break the graph under torch.compile.
-        if not torch.compiler.is_compiling():
-            _logger.debug("transformers: SDPA takes this call: %s", reason)
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-            is_causal=is_causal, position_bias=position_bias, **kwargs,
-        )  # fmt: skip
-        return output, None
+        The attention weights are never returned.
 
+    Raises
+    ------
+    ValueError, TypeError
+        A mask or bias of a wrong shape, dtype or device; the text names the argument.
+    NotImplementedError
+        Attention sinks with the paged cache of continuous batching.
+    """
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    paged = kwargs.get("cache") is not None
+    if paged and sinks is not None:
+        raise NotImplementedError("s_aux (attention sinks) must be None with a paged cache")
+    masks: tuple[torch.Tensor | None, ...] = ()
+    if not paged:  # the masks of a paged cache are for keys that only SDPA's function fetches
+        masks = (
+            check_mask("attention_mask", attention_mask, query, key),
+            check_mask("position_bias", position_bias, query, key),
+        )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    drop, bias = _split_mask(attention_mask, position_bias, query, key)
     # transformers aligns a causal call without a mask at the top left: keys beyond S_q are the
     # unused tail of a static cache. Any mask it passes already contains the causal rule.
-    causal = is_causal and attention_mask is None
-    output = prompt_flash_attention(
-        query,
-        key,
-        value,
-        pse_shift=bias,
-        atten_mask=drop,
-        num_heads=query.shape[1],
-        num_key_value_heads=key.shape[1],
-        scale_value=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        input_layout="BNSD_BSND",
-        sparse_mode=2 if causal else 0,
-        pre_tokens=_UNLIMITED,
-        next_tokens=_UNLIMITED,
-    )
+    causal = is_causal and attention_mask is None and query.shape[2] > 1
+    if not paged and (softcap is not None or sinks is not None):
+        lacks = "attention sinks" if softcap is None else "soft cap of the scores"
+        log_delegation(_LIBRARY, "plain torch", f"{lacks}, which SDPA lacks")
+        scores = _scores(query, key, masks, causal=causal, scaling=scaling, softcap=softcap)
+        return _weighted_sum(scores, value, sinks, dropout), None
+
+    reason = "paged cache" if paged else why_not(query, key, value, masks, dropout)
+    if reason is None:
+        return attend(query, key, value, masks, causal=causal, scale=scaling), None
+    log_delegation(_LIBRARY, "SDPA", reason)
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+        is_causal=is_causal, position_bias=position_bias, **kwargs,
+    )  # fmt: skip
     return output, None
 
 
-def _why_not(
+def _scores(
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float,
-    position_bias: torch.Tensor | None,
-    kwargs: dict[str, Any],
-) -> str | None:
-    """The reason why the operator does not take this call, or None."""
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {query.dtype}"
-    if not query.dtype == key.dtype == value.dtype:
-        return f"mixed dtypes {query.dtype}, {key.dtype}, {value.dtype}"
-    if dropout > 0:
-        return f"dropout {dropout}"
-    if kwargs.get("softcap") is not None:
-        return "softcap"
-    if kwargs.get("cache") is not None:
-        return "paged cache"
-    if query.shape[2] == 1:
-        return "one query token"
-    if query.shape[0] != key.shape[0]:
-        return f"batch {query.shape[0]} of query and {key.shape[0]} of key"
-    if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
-        return "head dimensions of query, key and value differ"
-    heads, heads_k, head_dim = query.shape[1], key.shape[1], query.shape[-1]
-    if heads > _MAX_HEADS or heads % heads_k or heads > _MAX_GROUP * heads_k:
-        return f"{heads} query heads over {heads_k} key heads"
-    if head_dim > _MAX_HEAD_DIM:
-        return f"head dimension {head_dim}"
-    added = [tensor for tensor in (attention_mask, position_bias) if tensor is not None]
-    if not all(t.dim() == 4 and (t.dtype == torch.bool or t.is_floating_point()) for t in added):
-        return "a mask or bias of unusual rank or dtype"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, *added)):
-        return "gradients are asked for"
-    return None
+    masks: tuple[torch.Tensor | None, ...],
+    *,
+    causal: bool,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """(B, N, S_q, S_kv) with masks applied, in query's dtype as the models' eager functions."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = (
+        query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    )
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    # Not -inf: a row without keys would become NaN, and 0 * NaN in the rows of the next layer.
+    lowest = torch.finfo(scores.dtype).min
+    for mask in masks:
+        if mask is not None:
+            scores = (
+                scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+            )
+    if causal:
+        later = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, lowest)
+    return scores
 
 
-def _split_mask(
-    mask: torch.Tensor | None,
-    position_bias: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(atten_mask, pse_shift) of a mask and a bias in transformers' polarity."""
-    drop = None
-    if mask is not None and mask.dtype == torch.bool:
-        if mask.shape[1] == 1:
-            drop = _expand(_invert(mask), 1, query, key)
-        else:  # per head: the operator takes those only as an addend
-            zero = torch.zeros((), dtype=query.dtype, device=mask.device)
-            mask = torch.where(mask, zero, float("-inf"))
-    addends = [t for t in (mask, position_bias) if t is not None and t.dtype != torch.bool]
-    if not addends:
-        return drop, None
-    # The lowest finite value of a wider type becomes -inf here, which masks the position.
-    bias = (addends[0] + addends[1] if len(addends) == 2 else addends[0]).to(query.dtype)
-    return drop, _expand(bias, query.shape[1], query, key)
-
-
-def _invert(mask: torch.Tensor) -> torch.Tensor:
-    """True = keep -> True = drop. A padding mask repeats one row; only that row is inverted."""
-    return ~mask[:, :, :1] if mask.stride(2) == 0 else ~mask
-
-
-def _expand(mask: torch.Tensor, heads: int, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """(1|B, heads, S_q', S_kv') without copying: broadcast axes get stride 0."""
-    rows = query.shape[2] if mask.shape[2] == 1 else mask.shape[2]
-    keys = key.shape[2] if mask.shape[3] == 1 else mask.shape[3]
-    return mask.expand(mask.shape[0], heads, rows, keys)
+def _weighted_sum(
+    scores: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
+    """(B, S_q, N, D)"""
+    batch, heads, rows, keys = scores.shape
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, heads, 1, 1).expand(batch, heads, rows, 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :keys].to(value.dtype)
+    weights = torch.nn.functional.dropout(weights, dropout)
+    value = value.repeat_interleave(heads // value.shape[1], dim=1)
+    return (weights @ value).transpose(1, 2).contiguous()
