@@ -9,7 +9,8 @@ PFA_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,av
 #define PFA_ISA avx512
 namespace pfa::cpu::PFA_ISA {
 // 6 x 4 accumulators, 4 loads and a broadcast fill the 32 vector registers.
-constexpr int kRows = 6, kVectors = 4, kColumnStep = 32;
+// Narrower steps than a panel are not measured here.
+constexpr int kRows = 6, kVectors = 4, kColumnStep = kPanel;
 }  // namespace pfa::cpu::PFA_ISA
 
 // clang-format off: each builds on those above it
