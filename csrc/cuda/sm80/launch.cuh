@@ -2,11 +2,7 @@
 // Defines launch.h for one element and head_dim bucket; instantiations/*.cu name them.
 #pragma once
 
-#include <atomic>
-#include <string>
-
-#include "../check.h"
-#include "../launch.h"
+#include "../family.cuh"
 #include "kernel.cuh"
 
 namespace pfa::cuda::sm80 {
@@ -15,31 +11,14 @@ namespace pfa::cuda::sm80 {
 template <class Element, int kHeadDim, class Visit>
 auto with_traits(const Variant& variant, const Visit& visit) {
   constexpr bool kHasCompact = Element::kBytes == 2 && kHeadDim > 256;
-  const auto with_mask = [&](auto compact, auto bias) {
-    constexpr bool kBias = decltype(bias)::value, kCompact = decltype(compact)::value;
-    if (variant.dense) return visit(Traits<Element, kHeadDim, mask::Dense, kBias, kCompact>{});
-    return visit(Traits<Element, kHeadDim, mask::Band, kBias, kCompact>{});
-  };
-  const auto with_bias = [&](auto compact) {
-    return variant.bias ? with_mask(compact, std::true_type{})
-                        : with_mask(compact, std::false_type{});
-  };
-  if constexpr (kHasCompact) {
-    if (variant.compact) return with_bias(std::true_type{});
-  }
-  return with_bias(std::false_type{});
-}
-
-// Lets a kernel use its shared memory, once per device: 64 devices have a bit each.
-template <class T>
-void allow_shared_memory(int device) {
-  static std::atomic<uint64_t> done{0};
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if ((done.load(std::memory_order_acquire) & bit) != 0) return;
-  check(cudaFuncSetAttribute(forward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             T::kSharedBytes),
-        "reserve " + std::to_string(T::kSharedBytes) + " bytes of shared memory for " + T::name());
-  done.fetch_or(bit, std::memory_order_release);
+  return with_mask_and_bias(variant, [&](auto mask, auto bias) {
+    using Mask = decltype(mask);
+    constexpr bool kBias = decltype(bias)::value;
+    if constexpr (kHasCompact) {
+      if (variant.compact) return visit(Traits<Element, kHeadDim, Mask, kBias, true>{});
+    }
+    return visit(Traits<Element, kHeadDim, Mask, kBias, false>{});
+  });
 }
 
 template <class Element, int kHeadDim>
@@ -54,7 +33,7 @@ template <class Element, int kHeadDim>
 int blocks_per_sm(const Variant& variant, int device) {
   return with_traits<Element, kHeadDim>(variant, [&](auto traits) {
     using T = decltype(traits);
-    allow_shared_memory<T>(device);
+    allow_shared_memory<T>(forward_kernel<T>, device);
     int blocks = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, forward_kernel<T>, T::kThreads,
                                                         T::kSharedBytes),
@@ -68,7 +47,7 @@ void launch(const Variant& variant, const Params& params, int64_t blocks, int de
             cudaStream_t stream) {
   with_traits<Element, kHeadDim>(variant, [&](auto traits) {
     using T = decltype(traits);
-    allow_shared_memory<T>(device);
+    allow_shared_memory<T>(forward_kernel<T>, device);
     Params part = params;
     while (part.first_block < blocks) {
       const int64_t left = blocks - part.first_block;

@@ -3,12 +3,9 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <numeric>
-#include <string>
 
-#include "../check.h"
-#include "../launch.h"
+#include "../family.cuh"
 #include "kernel.cuh"
 
 namespace pfa::cuda::sm90 {
@@ -16,24 +13,9 @@ namespace pfa::cuda::sm90 {
 // Calls visit with the Traits of a variant.
 template <class Element, int kHeadDim, class Visit>
 auto with_traits(const Variant& variant, const Visit& visit) {
-  if (variant.bias) {
-    if (variant.dense) return visit(Traits<Element, kHeadDim, mask::Dense, true>{});
-    return visit(Traits<Element, kHeadDim, mask::Band, true>{});
-  }
-  if (variant.dense) return visit(Traits<Element, kHeadDim, mask::Dense, false>{});
-  return visit(Traits<Element, kHeadDim, mask::Band, false>{});
-}
-
-// Lets a kernel use its shared memory, once per device: 64 devices have a bit each.
-template <class T>
-void allow_shared_memory(int device) {
-  static std::atomic<uint64_t> done{0};
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if ((done.load(std::memory_order_acquire) & bit) != 0) return;
-  check(cudaFuncSetAttribute(forward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             T::kSharedBytes),
-        "reserve " + std::to_string(T::kSharedBytes) + " bytes of shared memory for " + T::name());
-  done.fetch_or(bit, std::memory_order_release);
+  return with_mask_and_bias(variant, [&](auto mask, auto bias) {
+    return visit(Traits<Element, kHeadDim, decltype(mask), decltype(bias)::value>{});
+  });
 }
 
 template <class Element, int kHeadDim>
@@ -78,7 +60,7 @@ void launch(const Variant& variant, const Params& params, int64_t blocks, int de
             cudaStream_t stream) {
   with_traits<Element, kHeadDim>(variant, [&](auto traits) {
     using T = decltype(traits);
-    allow_shared_memory<T>(device);
+    allow_shared_memory<T>(forward_kernel<T>, device);
     Arguments a{};
     a.params = params;
     a.params.band.lo = std::max(params.band.lo, -kFarthest);
