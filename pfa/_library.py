@@ -59,6 +59,7 @@ class CudaChoice(NamedTuple):
     block_m: int  # query rows of a block
     block_n: int  # keys of a tile
     num_splits: int  # pieces that the keys of a block are cut into
+    why_not_sm90: str  # on a GPU of compute capability 9.0, where sm80 kernels take the call
 
 
 def cuda_choice(*args: Any, **options: Any) -> CudaChoice:
@@ -68,5 +69,5 @@ def cuda_choice(*args: Any, **options: Any) -> CudaChoice:
     lengths = (options.get(name) for name in ("actual_seq_lengths", "actual_seq_lengths_kv"))
     tensors = any(isinstance(x, torch.Tensor) for x in lengths)
     text = (overloads.tensor_lens if tensors else overloads.default)(*args, **options)
-    kernel, *numbers = bytes(text.tolist()).decode().split(";")
-    return CudaChoice(kernel, *map(int, numbers))
+    kernel, block_m, block_n, num_splits, why = bytes(text.tolist()).decode().split(";")
+    return CudaChoice(kernel, int(block_m), int(block_n), int(num_splits), why)

@@ -17,6 +17,15 @@ from inputs import Case
 
 def simulate(cases: list[Case], **settings: str) -> list[torch.Tensor]:
     """The outputs of cases under environment variables; any word of the simulator's is an error."""
+    return _run(cases, settings)[0]
+
+
+def simulated_log(cases: list[Case], **settings: str) -> list[str]:
+    """The lines that these calls write to stderr."""
+    return _run(cases, settings)[1].splitlines()
+
+
+def _run(cases: list[Case], settings: dict[str, str]) -> tuple[list[torch.Tensor], str]:
     with tempfile.TemporaryDirectory() as folder:
         output = pathlib.Path(folder, "outputs.pt")
         done = subprocess.run(
@@ -29,7 +38,7 @@ def simulate(cases: list[Case], **settings: str) -> list[torch.Tensor]:
         text = done.stderr.decode()
         assert done.returncode == 0, text[-3000:]
         assert "cudasim" not in text, text[-3000:]
-        return torch.load(output)
+        return torch.load(output), text
 
 
 def main() -> None:

@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 from backends import environment
@@ -64,3 +69,29 @@ def test_cuda_choice_takes_what_forward_takes() -> None:
     for overload in ("default", "tensor_lens"):
         schemas = [str(getattr(op, overload)._schema) for op in (forward, choice)]
         assert schemas[0].split("(", 1)[1] == schemas[1].split("(", 1)[1]
+
+
+CALL = """
+import torch, pfa
+x = torch.zeros(1, 4, 8, dtype=torch.float16)
+for _ in range(3):
+    torch.ops.pfa.forward(x, x, x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("level", "written"), [("", ""), ("debug", "pfa: cpu portable\n"), ("info", "PFA_LOG must be")]
+)
+def test_log(level: str, written: str) -> None:
+    """A line for what is distinct, not for every call."""
+    settings = {"PFA_LOG": level, "PFA_CPU_ISA": "portable", "PFA_FORCE_BACKEND": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", CALL],
+        cwd=pathlib.Path(__file__).parent.parent,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode != 0) == (level == "info")
+    assert written in done.stderr if level == "info" else written == done.stderr

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "../log.h"
 #include "check.h"
 #include "combine.h"
 #include "element.cuh"
@@ -161,23 +162,28 @@ Params base_params(const Problem& p) {
   return params;
 }
 
+// Why a call on a GPU of compute capability 9.0 does not take the kernels for it, or nothing.
+std::string why_not_sm90([[maybe_unused]] const Problem& p) {
 #ifdef PFA_WITH_SM90A
-// Does a call take the kernels for compute capability 9.0? They read by TMA.
-bool takes_sm90(const Problem& p, const Device& gpu) {
-  return gpu.compute_capability / 10 == 9 && p.dtype != DType::kInt8 && p.dtype_out == p.dtype &&
-         p.head_dim <= 256 && sm90::is_mappable(base_params(p));
-}
+  if (p.dtype == DType::kInt8) return "int8";
+  if (p.dtype_out != p.dtype) return "an output of another type than the inputs";
+  if (p.head_dim > 256) return "head_dim " + std::to_string(p.head_dim) + " > 256";
+  return sm90::why_not_mappable(base_params(p));
+#else
+  return "built without 9.0a";
 #endif
+}
 
-Kernels kernels_of(const Problem& problem, [[maybe_unused]] const Device& gpu) {
+Kernels kernels_of(const Problem& problem, [[maybe_unused]] bool is_sm90) {
 #ifdef PFA_WITH_SM90A
-  if (takes_sm90(problem, gpu)) return sm90_kernels(problem);
+  if (is_sm90) return sm90_kernels(problem);
 #endif
   return sm80_kernels(problem);
 }
 
 struct Plan {
   Kernels kernels;
+  std::string why_not_sm90;
   Variant variant;
   KernelInfo info;
   int num_splits;
@@ -187,6 +193,12 @@ struct Plan {
     return std::string(kernels.family) + " " + kernels.element + " D" +
            std::to_string(kernels.head_dim) + (variant.dense ? " dense" : " band") +
            (variant.bias ? " bias" : "") + (variant.compact ? " compact" : "");
+  }
+
+  [[nodiscard]] std::string describe() const {
+    return name() + ", " + std::to_string(info.block_m) + " x " + std::to_string(info.block_n) +
+           ", " + std::to_string(num_splits) + (num_splits == 1 ? " split" : " splits") +
+           (why_not_sm90.empty() ? "" : ", not sm90: " + why_not_sm90);
   }
 };
 
@@ -243,7 +255,9 @@ Plan make_plan(const Problem& problem, int device) {
                              std::to_string(gpu.compute_capability % 10));
   }
   Plan plan{};
-  plan.kernels = kernels_of(problem, gpu);
+  const bool is_hopper = gpu.compute_capability / 10 == 9;
+  if (is_hopper) plan.why_not_sm90 = why_not_sm90(problem);
+  plan.kernels = kernels_of(problem, is_hopper && plan.why_not_sm90.empty());
   plan.variant.dense = problem.mask.data != nullptr;
   plan.variant.bias = problem.bias.data != nullptr;
   plan.variant.compact = plan.kernels.info(plan.variant).shared_bytes > gpu.shared_bytes;
@@ -259,7 +273,9 @@ class Launcher {
       : problem_(problem),
         resources_(resources),
         stream_(static_cast<cudaStream_t>(resources.stream)),
-        plan_(make_plan(problem, resources.device)) {}
+        plan_(make_plan(problem, resources.device)) {
+    if (logs_debug()) log_once(plan_.describe());
+  }
 
   void run() {
     Params params = base_params(problem_);
@@ -333,7 +349,7 @@ void forward(const Problem& problem, const Resources& resources) {
 
 Choice choose(const Problem& problem, int device) {
   const Plan plan = make_plan(problem, device);
-  return {plan.name(), plan.info.block_m, plan.info.block_n, plan.num_splits};
+  return {plan.name(), plan.info.block_m, plan.info.block_n, plan.num_splits, plan.why_not_sm90};
 }
 
 bool reads_host_memory(int device) {

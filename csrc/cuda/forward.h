@@ -26,12 +26,14 @@ struct Choice {
   int block_m = 0;     // query rows of a block
   int block_n = 0;     // keys of a tile: the granularity at which an int8 P is rounded
   int num_splits = 1;  // pieces that the keys of a block are cut into
+  // On a GPU of compute capability 9.0, such as "head_dim 320 > 256". Without a semicolon.
+  std::string why_not_sm90;
 };
 
 // Enqueues everything that writes problem.out and returns; never synchronises. Throws
 // std::runtime_error naming the kernel when a launch is refused. Capturable in a CUDA graph.
-// PFA_NUM_SPLITS overrides the number of splits; 1 makes a row's bits independent of how many
-// other rows, heads and batch elements the call has.
+// PFA_LOG=debug says what is taken. PFA_NUM_SPLITS overrides the number of splits; 1 makes a row's
+// bits independent of how many other rows, heads and batch elements the call has.
 void forward(const Problem& problem, const Resources& resources);
 
 // What forward would take on the current device.

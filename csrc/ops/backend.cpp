@@ -9,6 +9,8 @@
 #include <string>
 
 #include "../cpu/forward.h"
+#include "../cpu/isa.h"
+#include "../log.h"
 #include "backend_cuda.h"
 
 namespace pfa {
@@ -31,6 +33,7 @@ void run_on_torch_pool(int64_t tasks, cpu::Executor::Body body, void* context) {
 void run_on_cpu(const Problem& problem) {
   const cpu::Executor executor{run_on_torch_pool,
                                static_cast<int>(torch::stable::get_num_threads())};
+  if (logs_debug()) log_once(std::string("cpu ") + cpu::select_isa().name);
   try {
     cpu::forward(problem, executor);
   } catch (const std::bad_alloc&) {

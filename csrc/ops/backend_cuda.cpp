@@ -89,7 +89,8 @@ void run_on_cuda(const Tensor& query, const Problem& problem) {
 std::string choice_of_cuda(const Tensor& query, const Problem& problem) {
   const cuda::Choice choice = cuda::choose(problem, device_of(query));
   return choice.kernel + ";" + std::to_string(choice.block_m) + ";" +
-         std::to_string(choice.block_n) + ";" + std::to_string(choice.num_splits);
+         std::to_string(choice.block_n) + ";" + std::to_string(choice.num_splits) + ";" +
+         choice.why_not_sm90;
 }
 
 #else

@@ -5,6 +5,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../check.h"
 #include "tensor_map.h"
@@ -63,20 +64,36 @@ CUtensorMap encode(const char* data, const std::array<int64_t, 3>& strides, cons
   return map;
 }
 
-bool is_mappable(const StridedTensor& tensor, int64_t rows) {
-  return tensor.vectorised && rows > 0 && rows <= kMostRows && (tensor.row > 0 || rows == 1) &&
-         tensor.batch < kMostStride && tensor.head < kMostStride && tensor.row < kMostStride;
+// Text is made for those that cannot be read alone: this runs at every call.
+template <class Tensor>
+std::string why_not(const char* name, const Tensor& tensor, int64_t rows) {
+  const std::array<std::pair<const char*, int64_t>, 3> strides = {
+      {{"row", tensor.row}, {"head", tensor.head}, {"batch", tensor.batch}}};
+  if (reinterpret_cast<uintptr_t>(tensor.data) % kChunk != 0) {
+    return std::string(name) + "'s address is not a multiple of 16";
+  }
+  for (const auto& [of, bytes] : strides) {
+    if (bytes % kChunk == 0 && bytes < kMostStride) continue;
+    return std::string(name) + "'s " + of + " stride of " + std::to_string(bytes) + " bytes is " +
+           (bytes % kChunk == 0 ? "too large" : "not a multiple of 16");
+  }
+  if (rows < 1 || rows > kMostRows) {
+    return std::string(name) + " has " + std::to_string(rows) + " rows";
+  }
+  return tensor.row == 0 && rows > 1 ? std::string(name) + "'s rows share their memory" : "";
 }
 
 }  // namespace
 
-bool is_mappable(const Params& p) {
-  const BiasParams& b = p.bias;
-  const bool bias =
-      b.data == nullptr || (b.vectorised && (b.row > 0 || p.seqlen_q == 1) &&
-                            b.batch < kMostStride && b.head < kMostStride && b.row < kMostStride);
-  return bias && is_mappable(p.q, p.seqlen_q) && is_mappable(p.k, p.seqlen_k) &&
-         is_mappable(p.v, p.seqlen_k);
+std::string why_not_mappable(const Params& p) {
+  if (p.head_dim * 2 % kChunk != 0) {
+    return "head_dim " + std::to_string(p.head_dim) + " is not a multiple of 8";
+  }
+  std::string why = why_not("query", p.q, p.seqlen_q);
+  if (why.empty()) why = why_not("key", p.k, p.seqlen_k);
+  if (why.empty()) why = why_not("value", p.v, p.seqlen_k);
+  if (why.empty() && p.bias.data != nullptr) why = why_not("pse_shift", p.bias, p.seqlen_q);
+  return why;
 }
 
 TensorMaps make_tensor_maps(const Params& p, const BoxPlan& boxes) {

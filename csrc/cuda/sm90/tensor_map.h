@@ -4,6 +4,8 @@
 
 #include <cuda.h>
 
+#include <string>
+
 #include "../params.h"
 
 namespace pfa::cuda::sm90 {
@@ -18,8 +20,8 @@ struct BoxPlan {
   int rows_q, rows_k;
 };
 
-// Can TMA read these tensors? Strides of 0 among rows and keys that several rows share it cannot.
-[[nodiscard]] bool is_mappable(const Params& params);
+// Why TMA cannot read these tensors, in the caller's names; nothing if it can.
+[[nodiscard]] std::string why_not_mappable(const Params& params);
 
 // Reads addresses and strides alone, no data.
 [[nodiscard]] TensorMaps make_tensor_maps(const Params& params, const BoxPlan& boxes);
