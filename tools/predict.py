@@ -24,19 +24,13 @@ import tempfile
 from typing import Any
 
 from predict_report import show
-from predictions import DENSE, MACHINES, SLICE, Machine, Target
+from predictions import DENSE, MACHINES, ROUNDS, SLICE, Machine, Target
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.gpu_check.cases import Case
 from benchmarks.revision import ROOT, revision
 
-# Blocks of an SM that are replayed one after the other. The last ones have the SM to themselves and
-# look too quick: fp16 D128 full 8192, three at a time, 232 TFLOP/s with 2 rounds, 228 with 4, 222
-# with 8 (and 222 from the difference of 4 and 8). The model's own default, 8 blocks, is 4 rounds of
-# the two that FlashAttention has on an SM: its published predictions are to be compared with these.
-# What the choice is worth shows beside each target.
-ROUNDS = 4
 ENTRY = re.compile(rb"\.entry (\w+)\(.*?\)\s*((?:\.\w+[ \d,]*\s*)*)\{", re.S)
 BUDGETED = re.compile(rb"\.minnctapersm (\d+)")
 SET_FOR_EACH_RUN = ("ctas", "occupancy", "sample", "whatif")  # among the model's constants
@@ -289,7 +283,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--machine", choices=MACHINES, default="sm80")
     parser.add_argument("--filter", default="", help="only cases whose name has this")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="blocks replayed, per slot")
+    parser.add_argument("--rounds", type=int, help="blocks replayed, per slot")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--check", action="store_true", help="fail when a target is missed")
     parser.add_argument("--out", type=pathlib.Path, help="JSON; with --filter none is written")
@@ -303,19 +297,20 @@ def main() -> None:
     cases = [case for case in machine.cases if options.filter in str(case)]
     if not cases:
         sys.exit(f"--filter must be part of a case such as {machine.cases[0]}")
-    runner = Runner(options.simulator / "build", options.harness, machine, options.rounds)
+    rounds = options.rounds or machine.rounds
+    runner = Runner(options.simulator / "build", options.harness, machine, rounds)
     try:
         targets = [target for target in machine.targets if set(target.cases) <= set(cases)]
-        rows = run_all(runner, cases, targets, options.jobs, console)
+        predicted = run_all(runner, cases, targets, options.jobs, console)
     except Failure as error:
         sys.exit(str(error))
     result = {
         "note": "predicted by a simulator's timing model; nothing here was measured on a GPU",
         "predicted_machine": machine.label,
         **revision(),
-        "predicted_with": constants(options.simulator, machine.cc) | {"rounds": options.rounds},
-        "predicted_rows": [rows[options.rounds][case] for case in cases],
-        "predicted_targets": judge(targets, rows, options.rounds),
+        "predicted_with": constants(options.simulator, machine.cc) | {"rounds": rounds},
+        "predicted_rows": [predicted[rounds][case] for case in cases],
+        "predicted_targets": judge(targets, predicted, rounds),
     }
     show(result, machine, console)
     out = options.out
