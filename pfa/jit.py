@@ -136,7 +136,8 @@ def _compile(cuda_home: str | None, build_directory: str, verbose: bool) -> path
 
 
 def _archs_present() -> str:
-    """Machine code for every GPU at hand, and PTX for later ones."""
+    """Machine code for every GPU at hand, and PTX for later ones, which 9.0a's is not."""
     count = torch.cuda.device_count()
     capabilities = sorted({torch.cuda.get_device_capability(i) for i in range(count)})
-    return ";".join(f"{major}.{minor}" for major, minor in capabilities) + "+PTX"
+    names = ["9.0a" if x == (9, 0) else f"{x[0]}.{x[1]}" for x in capabilities]
+    return ";".join(name if name == "9.0a" else f"{name}+PTX" for name in names)

@@ -14,29 +14,42 @@ import torch
 from cases import SMOKE, as_params
 from compare import check, prepared
 from inputs import FAR, Case, Mask, Pse, Quant, guarded_copy
-from simulate import simulate
+from simulate import simulate, simulated_log
 
-BUCKETS = (64, 96, 128, 192, 256, 384, 512)
-SM90_BUCKETS = (64, 128, 256)  # of 16-bit calls on compute capability 9.0; above, those of sm80
 KINDS = {"bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+# Head dimensions that a family has kernels for. It takes a call whose head_dim is not above its
+# largest; the sm80 family takes the rest.
+BUCKETS = {
+    "sm90": {"bf16": (64, 128, 256), "fp16": (64, 128, 256)},
+    "sm80": dict.fromkeys(KINDS, (64, 96, 128, 192, 256, 384, 512)),
+}
+DIMS = BUCKETS["sm80"]["bf16"]
+
+
+def expected_kernel(cc: str, dtype: str, dim: int) -> tuple[str, int]:
+    """Family and bucket."""
+    families = ("sm90", "sm80") if cc == "90" else ("sm80",)
+    return next(
+        (family, bucket)
+        for family in families
+        for bucket in BUCKETS[family].get(dtype, ())
+        if dim <= bucket
+    )
 
 
 def kernel_case(dtype: str, bucket: int, dense: bool, bias: bool, **more) -> Case:
     """Just over a tile in both directions; fp16 leaves columns of the bucket unused."""
     sq, sk = (150, 200) if bucket <= 256 else (70, 80)
-    more.setdefault("quant", Quant() if dtype == "int8" else None)
+    fields = {"heads": 1, "sq": sq, "sk": sk, "quant": Quant() if dtype == "int8" else None}
     if dense:
-        more |= {"mask": Mask(3, pattern="empty_rows"), "nxt": 100}
+        fields |= {"mask": Mask(3, pattern="empty_rows"), "nxt": 100}
     else:
-        more |= {"mode": 3}
+        fields |= {"mode": 3}
     return Case(
         dtype,
-        heads=1,
-        sq=sq,
-        sk=sk,
         dim=bucket - 8 if dtype == "fp16" else bucket,
         pse=Pse(pattern="holes") if bias else None,
-        **more,
+        **(fields | more),
     )
 
 
@@ -45,7 +58,7 @@ KERNELS = [
         dtype, bucket, dense, bias, id=f"{dtype}-D{bucket}{'-dense' * dense}{'-bias' * bias}"
     )
     for dtype in KINDS
-    for bucket in BUCKETS
+    for bucket in DIMS
     for dense in (False, True)
     for bias in (False, True)
 ]
@@ -54,19 +67,17 @@ KERNELS = [
 @pytest.mark.usefixtures("one_split")
 @pytest.mark.parametrize(("dtype", "bucket", "dense", "bias"), KERNELS)
 def test_every_kernel(on_cuda, dtype, bucket, dense, bias):
-    call, expected = prepared(kernel_case(dtype, bucket, dense, bias))
-    words = on_cuda.choice(call).kernel.split()
-    family, taken = "sm80", bucket
-    if on_cuda.compute_capability() == "90" and dtype != "int8" and bucket <= SM90_BUCKETS[-1]:
-        family, taken = "sm90", next(x for x in SM90_BUCKETS if bucket <= x)
-    want = {family, KINDS[dtype], f"D{taken}", "dense" if dense else "band"}
-    assert want <= set(words)
-    assert bias == ("bias" in words)
+    case = kernel_case(dtype, bucket, dense, bias)
+    call, expected = prepared(case)
+    family, head_dim = expected_kernel(on_cuda.compute_capability(), dtype, case.dim)
+    words = [family, KINDS[dtype], f"D{head_dim}", "dense" if dense else "band"]
+    name = " ".join(words + ["bias"] * bias)
+    assert on_cuda.choice(call).kernel.removesuffix(" compact") == name
     check(on_cuda.operator()(*call.args, **call.options), call, expected, on_cuda)
 
 
 # A kernel or two of each tile shape. The band and the dense mask share all code but the mask's.
-FEW = [
+FEW_SM80 = [
     kernel_case("bf16", 64, False, False),
     kernel_case("fp16", 128, True, True),
     kernel_case("int8", 64, True, False),
@@ -77,6 +88,16 @@ FEW = [
     kernel_case("bf16", 512, True, True),
     kernel_case("fp16", 512, False, False, quant=Quant(out="channel")),
 ]
+# All kernels, for asynchronous copies and products are the family's substance; rings of buffers go
+# round, and a block of threads has several blocks of work.
+FEW_SM90 = [
+    kernel_case(dtype, bucket, dense, bias, heads=2, sk=600)
+    for dtype, buckets in BUCKETS["sm90"].items()
+    for bucket in buckets
+    for dense in (False, True)
+    for bias in (False, True)
+]
+FEW_SETTINGS = {"CUDASIM_SMS": "2", "PFA_NUM_SPLITS": "1"}
 MODES = {
     "lazy": {"CUDASIM_ASYNC": "lazy", "CUDASIM_SEED": "2"},
     "war": {"CUDASIM_ASYNC": "war"},
@@ -93,21 +114,30 @@ def sim(on_cuda):
 
 
 @pytest.fixture(scope="module")
-def few_outputs(sim):
-    return simulate(FEW)
+def few(sim, on_cuda):
+    """Cases for the family that is the device's own."""
+    return FEW_SM90 if on_cuda.compute_capability() == "90" else FEW_SM80
+
+
+@pytest.fixture(scope="module")
+def few_outputs(few):
+    return simulate(few, **FEW_SETTINGS)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_any_order_gives_the_same_bits(few_outputs, mode):
+def test_any_order_gives_the_same_bits(few, few_outputs, mode):
     """Asynchronous copies done late, early and at random, and other orders of warps and blocks."""
-    for case, want, got in zip(FEW, few_outputs, simulate(FEW, **MODES[mode]), strict=True):
+    outputs = simulate(few, **FEW_SETTINGS, **MODES[mode])
+    for case, want, got in zip(few, few_outputs, outputs, strict=True):
         assert torch.equal(want, got), case.id
 
 
 @pytest.mark.parametrize("dtype", KINDS)
-@pytest.mark.parametrize("bucket", BUCKETS)
-def test_no_races(sim, dtype, bucket):
+@pytest.mark.parametrize("bucket", DIMS)
+def test_no_races(on_cuda, sim, dtype, bucket):
     """The simulator's race checker, over one case per kernel."""
+    if expected_kernel(on_cuda.compute_capability(), dtype, bucket)[1] != bucket:
+        pytest.skip("runs the kernels of a larger head_dim")
     small = {"PFA_NUM_SPLITS": "2", "CUDASIM_RACE": "1"}
     cases = [kernel_case(dtype, bucket, dense, bias) for dense in (0, 1) for bias in (0, 1)]
     outputs = simulate(cases, **small)
@@ -116,7 +146,7 @@ def test_no_races(sim, dtype, bucket):
 
 # Copies of whole 16 bytes and of fewer, for each input; the last rows and keys are no whole tile.
 GUARDED = [
-    *FEW,
+    *FEW_SM80,
     kernel_case("int8", 96, True, True, batch=2, k_lens=(200, 77)),
     Case("bf16", sq=33, sk=72, dim=64, pse=Pse(), mask=Mask(2), mode=1),
     Case("fp16", sq=33, sk=71, dim=72, pse=Pse(), mask=Mask(4, pad=1), mode=1),
@@ -151,19 +181,55 @@ def test_devices_with_little_shared_memory(sim):
 
 
 @pytest.fixture(scope="module")
-def sm80_outputs(sim):
-    return simulate(FEW, CUDASIM_CC="80")
+def outputs_of_80(sim):
+    return simulate(FEW_SM80, CUDASIM_CC="80")
 
 
 @pytest.mark.parametrize("cc", ["86", "89", "90"])
-def test_other_devices(sm80_outputs, cc):
-    """The same code runs on all of them, but tiles differ above head_dim 256, and compute
-    capability 9.0 has other kernels for 16 bits."""
-    for case, want, got in zip(FEW, sm80_outputs, simulate(FEW, CUDASIM_CC=cc), strict=True):
-        if case.dtype == "int8" or (cc != "90" and case.dim <= 256):
-            assert torch.equal(want, got), case.id
+def test_other_devices(outputs_of_80, cc):
+    """The same code runs on all of them, but what 9.0 has of its own; above head_dim 256 tiles
+    differ where shared memory is scarce."""
+    got = simulate(FEW_SM80, CUDASIM_CC=cc)
+    for case, want, out in zip(FEW_SM80, outputs_of_80, got, strict=True):
+        is_compact = cc != "90" and case.dim > 256 and case.dtype != "int8"
+        if is_compact or expected_kernel(cc, case.dtype, case.dim)[0] != "sm80":
+            check(out, *prepared(case))
         else:
-            check(got, *prepared(case))
+            assert torch.equal(want, out), case.id
+
+
+H100 = {"CUDASIM_CC": "90", "PFA_NUM_SPLITS": "1"}
+FALLBACKS = {
+    "": Case("fp16", sq=20, sk=24, dim=64),
+    "head_dim 264 > 256": Case("fp16", sq=20, sk=24, dim=264),
+    "int8": Case("int8", sq=20, sk=24, dim=64, quant=Quant(out="channel")),
+    "head_dim 20 is not a multiple of 8": Case("bf16", sq=20, sk=24, dim=20),
+    "query's address is not a multiple of 16": Case(
+        "fp16", 2, 2, sq=20, sk=24, dim=64, layout="BSND", strides="sliced"
+    ),
+    "pse_shift's row stride of 46 bytes is not a multiple of 16": Case(
+        "fp16", sq=20, sk=23, dim=64, pse=Pse()
+    ),
+}
+
+
+def test_what_hopper_does_not_take(sim):
+    """PFA_LOG names the kernel of each distinct call, once, and why it is not the device's own."""
+    cases = list(FALLBACKS.values())
+    lines = simulated_log([*cases, *cases], PFA_LOG="debug", **H100)
+    assert len(lines) == len(cases)
+    for line, (why, case) in zip(lines, FALLBACKS.items(), strict=True):
+        family = "sm80" if why else "sm90"
+        assert line.startswith(f"pfa: {family} {KINDS[case.dtype]} D"), line
+        assert line.partition(", 1 split")[2] == (f", not sm90: {why}" if why else ""), line
+    assert simulated_log(cases[:1], **H100) == []
+
+
+def test_reason_is_part_of_the_choice(on_cuda):
+    choice = on_cuda.choice(Case("fp16", sq=20, sk=24, dim=264).build())
+    has_sm90 = on_cuda.compute_capability() == "90"
+    assert choice.why_not_sm90 == ("head_dim 264 > 256" if has_sm90 else "")
+    assert choice.kernel.startswith("sm80")
 
 
 # Twice to four times what two roundings of the output, of P and of what plain sums lose give.
