@@ -75,6 +75,12 @@ def test_ratios(runner: predict.Runner) -> None:
     assert dense["predicted_ratio_to_no_mask"] == pytest.approx(1.22)
 
 
+def test_first_reads() -> None:
+    """Two blocks of 128 rows and two tiles of 128 keys; with a causal mask the first sees one."""
+    assert predict.share_of_first_reads(Case("fp16", 128, "full", 256), 128, 128) == 0.6
+    assert predict.share_of_first_reads(Case("fp16", 128, "causal", 256), 128, 128) == 0.75
+
+
 def test_a_failure_says_what_failed(runner: predict.Runner) -> None:
     with pytest.raises(predict.Failure, match="(?s)--pattern none failed: .*KeyError"):
         predict.predict(runner, Case("fp16", 128, "none", 2048))

@@ -33,7 +33,7 @@ from benchmarks.revision import ROOT, revision
 
 ENTRY = re.compile(rb"\.entry (\w+)\(.*?\)\s*((?:\.\w+[ \d,]*\s*)*)\{", re.S)
 BUDGETED = re.compile(rb"\.minnctapersm (\d+)")
-SET_FOR_EACH_RUN = ("ctas", "occupancy", "sample", "whatif")  # among the model's constants
+SET_FOR_EACH_RUN = ("ctas", "occupancy", "sample", "whatif", "miss")  # among the model's constants
 ATTENTION = "forward_kernel"  # part of the name of the kernels that are not passes around them
 
 
@@ -74,9 +74,22 @@ class Runner:
     def blocks_per_sm(self, dtype: str, head_dim: int, pattern: str) -> int:
         """Those that the kernel's registers are budgeted for, of the kernel that a small call of
         this kind takes."""
-        arguments = self.arguments(Case(dtype, head_dim, pattern, 64), batch=1, heads=1)
-        launches = self.run(arguments, PFA_NUM_SPLITS="1", CUDASIM_TIMING_CTAS="1")[1]
+        launches = self.small_call(dtype, head_dim, pattern)[1]
         return budgets(self.harness)[attention(launches)["kernel"]]
+
+    @functools.cache  # noqa: B019  (one runner a process)
+    def small_call(self, dtype: str, head_dim: int, pattern: str) -> tuple[dict, list[dict]]:
+        arguments = self.arguments(Case(dtype, head_dim, pattern, 64), batch=1, heads=1)
+        return self.run(arguments, PFA_NUM_SPLITS="1", CUDASIM_TIMING_CTAS="1")
+
+    def first_reads(self, case: Case) -> dict[str, str]:
+        """The part of what is read that comes from the device's memory, where the machine's peer
+        was predicted with it: Q, K and V once. The model itself takes the output for read too."""
+        if not self.machine.counts_first_reads or case.pattern not in ("full", "causal"):
+            return {}
+        tile = self.small_call(case.dtype, case.head_dim, case.pattern)[0]
+        share = share_of_first_reads(case, tile["block_m"], tile["block_n"])
+        return {"CUDASIM_TIMING_MISS": f"{share:.4f}"}
 
     def sampled(self, case: Case, **settings: str) -> tuple[dict, list[dict]]:
         """The whole problem, of which only the replayed blocks run."""
@@ -87,6 +100,7 @@ class Runner:
         replayed = {
             "CUDASIM_TIMING_OCCUPANCY": str(blocks),
             "CUDASIM_TIMING_CTAS": str(self.rounds * blocks),
+            **self.first_reads(case),
         }
         return self.run(arguments, **(replayed | settings))
 
@@ -101,6 +115,16 @@ class Runner:
             "pattern": case.pattern,
         }
         return tuple(word for name, x in options.items() for word in (f"--{name}", str(x)))
+
+
+def share_of_first_reads(case: Case, block_m: int, block_n: int) -> float:
+    blocks = -(-case.seqlen // block_m)
+    seen = (
+        min(case.seqlen, (i + 1) * block_m) if case.pattern == "causal" else case.seqlen
+        for i in range(blocks)
+    )
+    loaded = sum(block_m + 2 * -(-keys // block_n) * block_n for keys in seen)
+    return min(1.0, (blocks * block_m + 2 * case.seqlen) / loaded)
 
 
 def parse_report(text: str) -> list[dict]:
