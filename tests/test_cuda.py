@@ -20,7 +20,7 @@ KINDS = {"bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 # Head dimensions that a family has kernels for. It takes a call whose head_dim is not above its
 # largest; the sm80 family takes the rest.
 BUCKETS = {
-    "sm90": {"bf16": (64, 128, 256), "fp16": (64, 128, 256)},
+    "sm90": {"bf16": (64, 128, 256, 384, 512), "fp16": (64, 128, 256, 384, 512)},
     "sm80": dict.fromkeys(KINDS, (64, 96, 128, 192, 256, 384, 512)),
 }
 DIMS = BUCKETS["sm80"]["bf16"]
@@ -201,7 +201,6 @@ def test_other_devices(outputs_of_80, cc):
 H100 = {"CUDASIM_CC": "90", "PFA_NUM_SPLITS": "1"}
 FALLBACKS = {
     "": Case("fp16", sq=20, sk=24, dim=64),
-    "head_dim 264 > 256": Case("fp16", sq=20, sk=24, dim=264),
     "int8": Case("int8", sq=20, sk=24, dim=64, quant=Quant(out="channel")),
     "head_dim 20 is not a multiple of 8": Case("bf16", sq=20, sk=24, dim=20),
     "query's address is not a multiple of 16": Case(
@@ -226,9 +225,9 @@ def test_what_hopper_does_not_take(sim):
 
 
 def test_reason_is_part_of_the_choice(on_cuda):
-    choice = on_cuda.choice(Case("fp16", sq=20, sk=24, dim=264).build())
+    choice = on_cuda.choice(FALLBACKS["int8"].build())
     has_sm90 = on_cuda.compute_capability() == "90"
-    assert choice.why_not_sm90 == ("head_dim 264 > 256" if has_sm90 else "")
+    assert choice.why_not_sm90 == ("int8" if has_sm90 else "")
     assert choice.kernel.startswith("sm80")
 
 

@@ -101,8 +101,8 @@ Kernels sm90_bucket(int64_t head_dim) {
 
 Kernels sm90_kernels(const Problem& problem) {
   const bool is_bf16 = problem.dtype == DType::kBFloat16;
-  return is_bf16 ? sm90_bucket<BFloat16, 64, 128, 256>(problem.head_dim)
-                 : sm90_bucket<Float16, 64, 128, 256>(problem.head_dim);
+  return is_bf16 ? sm90_bucket<BFloat16, 64, 128, 256, 384, 512>(problem.head_dim)
+                 : sm90_bucket<Float16, 64, 128, 256, 384, 512>(problem.head_dim);
 }
 #endif
 
@@ -167,7 +167,6 @@ std::string why_not_sm90([[maybe_unused]] const Problem& p) {
 #ifdef PFA_WITH_SM90A
   if (p.dtype == DType::kInt8) return "int8";
   if (p.dtype_out != p.dtype) return "an output of another type than the inputs";
-  if (p.head_dim > 256) return "head_dim " + std::to_string(p.head_dim) + " > 256";
   return sm90::why_not_mappable(base_params(p));
 #else
   return "built without 9.0a";
@@ -241,8 +240,8 @@ int choose_splits(const Problem& problem, const Plan& plan, int device, const De
   const int64_t blocks = problem.batch * problem.num_heads * plan.num_m_blocks;
   // An SM holds at least one block: only a call that might split asks how many.
   if (5 * blocks >= 4 * int64_t{gpu.multiprocessors} * 8) return 1;
-  const int64_t slots =
-      int64_t{gpu.multiprocessors} * plan.kernels.blocks_per_sm(plan.variant, device);
+  const int64_t slots = int64_t{gpu.multiprocessors / plan.info.multiprocessors} *
+                        plan.kernels.blocks_per_sm(plan.variant, device);
   const int64_t most = most_keys(problem, plan.info.block_m) / kLeastKeysPerSplit;
   return splits_that_fill(blocks, slots, std::clamp<int64_t>(most, 1, kMaxSplits));
 }

@@ -26,7 +26,7 @@ struct Choice {
   int block_m = 0;     // query rows of a block
   int block_n = 0;     // keys of a tile: the granularity at which an int8 P is rounded
   int num_splits = 1;  // pieces that the keys of a block are cut into
-  // On a GPU of compute capability 9.0, such as "head_dim 320 > 256". Without a semicolon.
+  // On a GPU of compute capability 9.0, such as "int8". Without a semicolon.
   std::string why_not_sm90;
 };
 

@@ -21,6 +21,7 @@ struct Variant {
 };
 struct KernelInfo {
   int block_m, block_n, threads, shared_bytes;
+  int multiprocessors = 1;  // that compute a block
 };
 
 namespace sm80 {
@@ -39,8 +40,8 @@ void launch(const Variant& variant, const Params& params, int64_t blocks, int de
 
 }  // namespace sm80
 
-// float16 and bfloat16 up to head_dim 256, whose tensors TMA can read: see sm90/tensor_map.h. Not
-// in a library that was compiled without 9.0a.
+// float16 and bfloat16 whose tensors TMA can read: see sm90/tensor_map.h. Not in a library that was
+// compiled without 9.0a.
 namespace sm90 {
 
 template <class Element, int kHeadDim>

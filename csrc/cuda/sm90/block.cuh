@@ -22,7 +22,9 @@ struct Arguments {
 using BlockIndex = BlockIndexOf<uint32_t>;
 using Sequence = SequenceOf<int>;
 
-// The blocks of work of this block of threads. Results do not depend on who computes what.
+// The blocks of work of this block of threads, or of the cluster that shares them. Results do not
+// depend on who computes what.
+template <int kCluster>
 class Schedule {
  public:
   __device__ explicit Schedule(const Arguments& arguments) : a_(arguments) {}
@@ -32,14 +34,14 @@ class Schedule {
     const Params& p = a_.params;
     if (a_.section == 0) {
       const uint32_t index =
-          static_cast<uint32_t>(p.first_block) + blockIdx.x + iteration * gridDim.x;
+          static_cast<uint32_t>(p.first_block) + worker() + iteration * workers();
       if (index >= a_.blocks) return false;
       block = decode_block(p, index);
       return true;
     }
     // There and back: who had the longest of one round has the shortest of the next.
-    const uint32_t place = iteration % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    const uint32_t index = iteration * gridDim.x + place;
+    const uint32_t place = iteration % 2 == 0 ? worker() : workers() - 1 - worker();
+    const uint32_t index = iteration * workers() + place;
     if (index >= a_.blocks) return false;
     const auto m_blocks = static_cast<uint32_t>(p.num_m_blocks);
     const auto num_heads = static_cast<uint32_t>(p.num_heads);
@@ -56,6 +58,9 @@ class Schedule {
   }
 
  private:
+  [[nodiscard]] __device__ static uint32_t worker() { return blockIdx.x / kCluster; }
+  [[nodiscard]] __device__ static uint32_t workers() { return gridDim.x / kCluster; }
+
   const Arguments& a_;
 };
 
@@ -128,15 +133,15 @@ struct Shared {
     ptx::fence_mbarrier_init();
   }
 
- private:
+ protected:
   [[nodiscard]] __device__ uint32_t ring_barrier(int ring, int stage) const {
     return barrier(2 * T::kStagesQ + ring * T::kStages + stage);
   }
   [[nodiscard]] __device__ uint32_t barrier(int i) const { return base + T::kControl + 8 * i; }
 };
 
-// Iterations that have to run again: a bit each, shared by iterations that are kBits apart. Behind
-// them the producer notes that their run has begun.
+// Iterations that have to run again: a bit each, shared by iterations that are kBits apart; blocks
+// of a cluster have the same. Behind them the producer notes that their run has begun.
 template <class T>
 class Suspects {
  public:
@@ -153,7 +158,15 @@ class Suspects {
   }
   [[nodiscard]] __device__ bool has_begun() const { return *word(kBits / 32) != 0; }
   __device__ void add(int iteration) const {
-    atomicOr(word(iteration % kBits / 32), 1u << iteration % 32);
+    const int i = iteration % kBits / 32;
+    const uint32_t bit = 1u << iteration % 32;
+    if constexpr (T::kCluster == 1) {
+      atomicOr(word(i), bit);
+    } else {
+      for (int rank = 0; rank < T::kCluster; ++rank) {
+        ptx::or_in_cluster(ptx::address_in(words_ + 4 * i, rank), bit);
+      }
+    }
   }
   [[nodiscard]] __device__ bool has(int iteration) const {
     return (*word(iteration % kBits / 32) >> iteration % 32 & 1) != 0;

@@ -57,6 +57,7 @@ struct Traits {
   static constexpr int kThreads = kConsumerThreads + kWarpgroup;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kCluster = 1;  // blocks of threads that share a block of work
   static constexpr bool kTakesTurns = kHeadDim <= 128;
   static constexpr int kTilesS = kBlockN / 8;   // 8-key accumulators of a warp
   static constexpr int kTilesO = kHeadDim / 8;  // 8-channel accumulators of a warp
@@ -71,6 +72,7 @@ struct Traits {
   static constexpr int kBoxK = kBlockN * kBoxRowBytes;
   static constexpr int kBytesQ = kBoxes * kBoxQ;
   static constexpr int kBytesK = kBoxes * kBoxK;  // and of a tile of V
+  static constexpr int kRowsV = kBlockN;          // of a box
   static_assert(kBoxQ % 1024 == 0 && kBoxK % 1024 == 0, "boxes must start where a swizzle repeats");
 
   static constexpr int kBiasColumns = 64;

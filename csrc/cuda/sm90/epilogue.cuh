@@ -7,13 +7,13 @@
 
 namespace pfa::cuda::sm90 {
 
-template <class T>
+template <class T, class Consumer>
 class Epilogue {
   using Element = typename T::Element;
 
  public:
   // second: only rows whose statistics are numbers are written.
-  __device__ static void store(const Params& p, const Work<T>& work, Consumer<T>& consumer,
+  __device__ static void store(const Params& p, const Work<T>& work, Consumer& consumer,
                                bool second) {
     const Epilogue epilogue(p, work);
     consumer.softmax.finalise();
@@ -37,14 +37,14 @@ class Epilogue {
 
   // A lane holds 4 bytes of each 8 channels. It swaps with its neighbour: of 16 channels, even
   // lanes then have 8 bytes of the first half and odd ones of the second, a sector for each row.
-  __device__ void store_row(const Consumer<T>& consumer, int r, bool second) const {
+  __device__ void store_row(const Consumer& consumer, int r, bool second) const {
     const float sum = consumer.softmax.row_sum[0][r];
     const bool has_key = row_of(r) < work_.sequence.rows && sum != 0.0f;
     const float factor = 1.0f / sum;
     const int64_t row = work_.sequence.row_begin + row_of(r);
     const bool is_written = row < p_.seqlen_q && !(second && sum != sum);
     const bool is_odd = lane_ % 2 != 0;
-    const int channel = (is_odd ? 8 : 0) + lane_ / 2 % 2 * 4;
+    const int channel = first_channel<T>() + (is_odd ? 8 : 0) + lane_ / 2 % 2 * 4;
     char* out = p_.out.data + work_.b * p_.out.batch + work_.head * p_.out.head + row * p_.out.row +
                 channel * Element::kBytes;
 #pragma unroll
@@ -77,15 +77,18 @@ class Epilogue {
   }
 
   // Rows beyond the valid length are not stored: combine.cu does not read them.
-  __device__ void store_split(const Consumer<T>& consumer, int r, bool second) const {
+  __device__ void store_split(const Consumer& consumer, int r, bool second) const {
     const float sum = consumer.softmax.row_sum[0][r];
     if (row_of(r) >= work_.sequence.rows || (second && sum != sum)) return;
     const int64_t at = ((work_.b * p_.num_heads + work_.head) * p_.seqlen_q +
                         work_.sequence.row_begin + row_of(r)) *
                            p_.split.count +
                        work_.split;
-    if (lane_ % 4 == 0) p_.split.stats[at] = make_float2(consumer.softmax.row_max[0][r], sum);
-    float* out = p_.split.out + at * T::kHeadDim + accumulator_column(lane_, 0);
+    const int channel = first_channel<T>();
+    if (lane_ % 4 == 0 && channel == 0) {
+      p_.split.stats[at] = make_float2(consumer.softmax.row_max[0][r], sum);
+    }
+    float* out = p_.split.out + at * T::kHeadDim + channel + accumulator_column(lane_, 0);
 #pragma unroll
     for (int n = 0; n < T::kTilesO; ++n) {
       const float* pair = &consumer.acc_o[0][n][2 * r];

@@ -5,6 +5,7 @@
 
 #include "epilogue.cuh"
 #include "producer.cuh"
+#include "wide_kernel.cuh"
 
 namespace pfa::cuda::sm90 {
 
@@ -44,7 +45,7 @@ __device__ __forceinline__ void forward(const Arguments& a) {
     for (bool second = false;; second = true) {
       consumer.run(second, [&](const Work<T>& work) {
         if (!second && consumer.has_nonfinite_output(work.sequence)) suspects.add(work.iteration);
-        Epilogue<T>::store(a.params, work, consumer, second);
+        Epilogue<T, Consumer<T>>::store(a.params, work, consumer, second);
       });
       if (second) return;
       ptx::barrier_sync(kAllThreads, T::kThreads);
@@ -59,7 +60,11 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     forward_kernel(const __grid_constant__ Arguments a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  forward<T>(a);
+  if constexpr (T::kCluster > 1) {
+    wide_forward<T>(a);
+  } else {
+    forward<T>(a);
+  }
 #endif
 }
 

@@ -10,11 +10,15 @@
 
 namespace pfa::cuda::sm90 {
 
+template <class Element, int kHeadDim, class Mask, bool kHasBias>
+using TraitsOf = std::conditional_t<(kHeadDim > 256), WideTraits<Element, kHeadDim, Mask, kHasBias>,
+                                    Traits<Element, kHeadDim, Mask, kHasBias>>;
+
 // Calls visit with the Traits of a variant.
 template <class Element, int kHeadDim, class Visit>
 auto with_traits(const Variant& variant, const Visit& visit) {
   return with_mask_and_bias(variant, [&](auto mask, auto bias) {
-    return visit(Traits<Element, kHeadDim, decltype(mask), decltype(bias)::value>{});
+    return visit(TraitsOf<Element, kHeadDim, decltype(mask), decltype(bias)::value>{});
   });
 }
 
@@ -22,7 +26,7 @@ template <class Element, int kHeadDim>
 KernelInfo info(const Variant& variant) {
   return with_traits<Element, kHeadDim>(variant, [](auto traits) {
     using T = decltype(traits);
-    return KernelInfo{T::kBlockM, T::kBlockN, T::kThreads, T::kSharedBytes};
+    return KernelInfo{T::kBlockM, T::kBlockN, T::kThreads, T::kSharedBytes, T::kCluster};
   });
 }
 
@@ -55,6 +59,21 @@ inline uint32_t heads_of_section(const Params& p, int64_t grid) {
 // unlimited, and int has room for the sums of all three.
 constexpr int64_t kFarthest = int64_t{1} << 30;
 
+template <class T>
+void launch_clusters(const Arguments& arguments, unsigned clusters, cudaStream_t stream) {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {T::kCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(clusters * T::kCluster);
+  config.blockDim = dim3(T::kThreads);
+  config.dynamicSmemBytes = T::kSharedBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = T::kCluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, forward_kernel<T>, arguments), "launch " + T::name());
+}
+
 template <class Element, int kHeadDim>
 void launch(const Variant& variant, const Params& params, int64_t blocks, int device,
             cudaStream_t stream) {
@@ -65,20 +84,20 @@ void launch(const Variant& variant, const Params& params, int64_t blocks, int de
     a.params = params;
     a.params.band.lo = std::max(params.band.lo, -kFarthest);
     a.params.band.hi = std::min(params.band.hi, kFarthest);
-    a.maps = make_tensor_maps(params, {T::kBoxColumns, T::kBlockM, T::kBlockN});
+    a.maps = make_tensor_maps(params, {T::kBoxColumns, T::kBlockM, T::kBlockN, T::kRowsV});
     a.blocks = static_cast<uint32_t>(blocks);
     const bool stays = is_uniform(params);
     int multiprocessors = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
           "read the attributes of the GPU");
-    if (stays && params.longest_first) a.section = heads_of_section(params, multiprocessors);
-    const int64_t most = stays ? multiprocessors : kMaxGrid;
+    const int workers = multiprocessors / T::kCluster;
+    if (stays && params.longest_first) a.section = heads_of_section(params, workers);
+    const int64_t most = stays ? workers : kMaxGrid / T::kCluster;
     do {
       const int64_t left = blocks - a.params.first_block;
       const auto grid = static_cast<unsigned>(left < most ? left : most);
       if (!stays) a.blocks = static_cast<uint32_t>(a.params.first_block + grid);
-      forward_kernel<T><<<grid, T::kThreads, T::kSharedBytes, stream>>>(a);
-      check(cudaGetLastError(), "launch " + T::name());
+      launch_clusters<T>(a, grid, stream);
       a.params.first_block += grid;
     } while (!stays && a.params.first_block < blocks);
   });

@@ -20,7 +20,7 @@ class Producer {
   // K runs a tile ahead of V, over the ends of blocks too: consumers multiply Q and K of the next
   // block before they are done with V of this one.
   __device__ void run() {
-    const Schedule schedule(a_);
+    const Schedule<T::kCluster> schedule(a_);
     int owed = kNone;  // the tile of V that comes next
     BlockIndex block{};
     for (int iteration = 0; schedule.find(iteration, block); ++iteration) {

@@ -52,6 +52,64 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       : "memory");
 }
 
+// Clusters. A block's number in its cluster; the address of what lies at `shared` in another block.
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+__device__ __forceinline__ uint32_t address_in(uint32_t shared, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(address) : "r"(shared), "r"(rank));
+  return address;
+}
+
+// All threads of a cluster: what they wrote before, all of them read after it.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;\n" ::
+          : "memory");
+}
+
+// Addresses in a cluster from here on.
+__device__ __forceinline__ void store_in_cluster(uint32_t address, float x) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;\n" ::"r"(address), "f"(x) : "memory");
+}
+__device__ __forceinline__ void or_in_cluster(uint32_t address, uint32_t bits) {
+  asm volatile("red.relaxed.cluster.shared::cluster.or.b32 [%0], %1;\n" ::"r"(address), "r"(bits)
+               : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive_in_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(barrier)
+               : "memory");
+}
+
+// Copies from the block's own shared memory; multiples of 16 bytes.
+__device__ __forceinline__ void copy_to_cluster(uint32_t address, uint32_t shared, int bytes,
+                                                uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];\n" ::"r"(address),
+      "r"(shared), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// mbarrier_wait, for what threads of the cluster wrote before they arrived.
+__device__ __forceinline__ void mbarrier_wait_for_cluster(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
 // Orders this thread's accesses to shared memory before later ones of TMA and wgmma.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
@@ -69,6 +127,13 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map
       "[%1, {%3, %4, %5, %6}], [%2];\n" ::"r"(shared),
       "l"(map), "r"(barrier), "r"(channel), "r"(row), "r"(head), "r"(batch)
       : "memory");
+}
+
+// The opposite of ldmatrix_x4.
+__device__ __forceinline__ void stmatrix_x4(uint32_t shared, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
 }
 
 // Registers of a thread from here on; all warps of a warpgroup say so together.

@@ -11,9 +11,13 @@ namespace pfa::cuda::sm90 {
 template <class T>
 using Scores = float[1][T::kTilesS][4];
 
-// The consumer warp's first row in the block.
+// The consumer warp's first row in the block, and its first channel of O.
 __device__ __forceinline__ int first_row() {
   return static_cast<int>((recomputed(threadIdx.x) - kWarpgroup) / kWarp) * 16;
+}
+template <class T>
+__device__ __forceinline__ int first_channel() {
+  return T::kCluster == 1 ? 0 : ptx::cluster_rank() * (T::kTilesO * 8);
 }
 
 template <class T>

@@ -106,7 +106,7 @@ TensorMaps make_tensor_maps(const Params& p, const BoxPlan& boxes) {
   TensorMaps maps{};
   maps.q = map(p.q, q, boxes.columns, boxes.rows_q);
   maps.k = map(p.k, k, boxes.columns, boxes.rows_k);
-  maps.v = map(p.v, k, boxes.columns, boxes.rows_k);
+  maps.v = map(p.v, k, boxes.columns, boxes.rows_v);
   if (p.bias.data != nullptr) {
     const Shape bias = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
     maps.bias =

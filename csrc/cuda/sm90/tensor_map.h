@@ -17,7 +17,7 @@ struct TensorMaps {
 // Boxes that TMA copies at once: rows, and columns of 16 bits that are as wide as the swizzle.
 struct BoxPlan {
   int columns;  // 64 or 32
-  int rows_q, rows_k;
+  int rows_q, rows_k, rows_v;
 };
 
 // Why TMA cannot read these tensors, in the caller's names; nothing if it can.

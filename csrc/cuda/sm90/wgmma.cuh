@@ -45,6 +45,10 @@ __device__ __forceinline__ void hold(float (&c)[kTiles][4]) {
 template <class Element, int kTiles>
 __device__ void wgmma_ss(float (&c)[kTiles][4], uint64_t a, uint64_t b, bool accumulate);
 
+// c += a b: both in shared memory, a's terms contiguous and b's columns.
+template <class Element, int kTiles>
+__device__ void wgmma_ss_columns(float (&c)[kTiles][4], uint64_t a, uint64_t b);
+
 // c += a b: a in registers, as the A operand of mma.m16n8k16; b in shared memory, columns
 // contiguous.
 template <class Element, int kTiles>
@@ -114,6 +118,15 @@ __device__ void wgmma_rs(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t
                  : PFA_SUMS_##kPairs                                                 \
                  : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));               \
   }
+#define PFA_WGMMA_SS_COLUMNS(Element, kType, kN, kPairs, i0, i1)                                   \
+  template <>                                                                                      \
+  __device__ __forceinline__ void wgmma_ss_columns<Element, 2 * kPairs>(float (&c)[2 * kPairs][4], \
+                                                                        uint64_t a, uint64_t b) {  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." kType "." kType                \
+                 " {" PFA_LIST_##kPairs "}, %" #i0 ", %" #i1 ", 1, 1, 1, 0, 1;\n"                  \
+                 : PFA_SUMS_##kPairs                                                               \
+                 : "l"(a), "l"(b));                                                                \
+  }
 #define PFA_WGMMA_RS(Element, kType, kN, kPairs, i0, i1, i2, i3, i4)                         \
   template <>                                                                                \
   __device__ __forceinline__ void wgmma_rs<Element, 2 * kPairs>(                             \
@@ -127,6 +140,8 @@ __device__ void wgmma_rs(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t
 #define PFA_WGMMA(kN, kPairs, i0, i1, i2, i3, i4)              \
   PFA_WGMMA_SS(Float16, "f16", kN, kPairs, i0, i1, i2)         \
   PFA_WGMMA_SS(BFloat16, "bf16", kN, kPairs, i0, i1, i2)       \
+  PFA_WGMMA_SS_COLUMNS(Float16, "f16", kN, kPairs, i0, i1)     \
+  PFA_WGMMA_SS_COLUMNS(BFloat16, "bf16", kN, kPairs, i0, i1)   \
   PFA_WGMMA_RS(Float16, "f16", kN, kPairs, i0, i1, i2, i3, i4) \
   PFA_WGMMA_RS(BFloat16, "bf16", kN, kPairs, i0, i1, i2, i3, i4)
 
@@ -141,6 +156,7 @@ PFA_WGMMA(256, 16, 128, 129, 130, 131, 132)
 
 #undef PFA_WGMMA
 #undef PFA_WGMMA_RS
+#undef PFA_WGMMA_SS_COLUMNS
 #undef PFA_WGMMA_SS
 #undef PFA_SUMS
 
