@@ -167,6 +167,9 @@ std::string why_not_sm90([[maybe_unused]] const Problem& p) {
 #ifdef PFA_WITH_SM90A
   if (p.dtype == DType::kInt8) return "int8";
   if (p.dtype_out != p.dtype) return "an output of another type than the inputs";
+  // They count blocks and splits in 31 bits; a block has 64 rows or more.
+  constexpr int64_t kMostBlocks = (int64_t{1} << 31) / kMaxSplits;
+  if (p.batch * p.num_heads * ceil_div(p.seqlen_q, 64) >= kMostBlocks) return "too many blocks";
   return sm90::why_not_mappable(base_params(p));
 #else
   return "built without 9.0a";

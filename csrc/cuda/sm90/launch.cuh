@@ -55,7 +55,7 @@ inline uint32_t heads_of_section(const Params& p, int64_t grid) {
   return static_cast<uint32_t>(std::min(std::max<int64_t>(fitting / step, 1) * step, all));
 }
 
-// Rows and keys are fewer than half of that (is_mappable): a band that reaches further is
+// Rows and keys are fewer than half of that (why_not_mappable): a band that reaches further is
 // unlimited, and int has room for the sums of all three.
 constexpr int64_t kFarthest = int64_t{1} << 30;
 
