@@ -5,8 +5,8 @@
 // one runs beside the next softmax: see run().
 #pragma once
 
+#include "accumulators.cuh"
 #include "lazy_softmax.cuh"
-#include "scores.cuh"
 
 namespace pfa::cuda::sm90 {
 
@@ -48,20 +48,7 @@ class Consumer {
 
   // Could a key that some row must not see have reached it through V?
   [[nodiscard]] __device__ bool has_nonfinite_output(const Sequence& sequence) const {
-    const int lane = static_cast<int>(threadIdx.x % kWarp);
-    bool found = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float zeros[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int n = 0; n < kTilesO; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) zeros[c] = fmaf(acc_o[0][n][2 * r + c], 0.0f, zeros[c]);
-      }
-      const bool is_valid = first_row() + accumulator_row(lane, 2 * r) < sequence.rows;
-      found |= is_valid && zeros[0] + zeros[1] != 0.0f;
-    }
-    return found;
+    return has_nonfinite_sums(acc_o, sequence.rows);
   }
 
  private:
@@ -71,11 +58,7 @@ class Consumer {
   // For the next block.
   __device__ void clear() {
     softmax.clear();
-#pragma unroll
-    for (int n = 0; n < kTilesO; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc_o[0][n][e] = 0.0f;
-    }
+    sm90::clear(acc_o);
   }
 
   // Tiles that a row of this warpgroup may see.
@@ -161,7 +144,7 @@ class Consumer {
     bool has_bits = load_bits(bits);
     finish_scores(s, has_bits, bits);
     softmax.template step<ScoreStep<T>::kExact>(s, scores_.unit(), careful_, alpha);
-    pack(s, p);
+    pack<Element>(s, p);
     for (n_ = tiles_.after(n_); n_ < own().end; n_ = tiles_.after(n_)) {
       has_bits = load_bits(bits);
       wait_for_keys();
@@ -179,8 +162,8 @@ class Consumer {
       hold(s[0]);
       ptx::wgmma_wait<0>();
       finish_values(v);
-      if (changed) rescale(alpha);
-      pack(s, p);
+      if (changed) rescale(acc_o, alpha);
+      pack<Element>(s, p);
     }
     leave_q();
   }
@@ -250,18 +233,6 @@ class Consumer {
     if (has_bits) scores_.mask_bits(s, bits);
   }
 
-  // Accumulators of S are the A operand of P V once they are packed.
-  __device__ static void pack(const Scores<T>& s, uint32_t (&p)[kTilesS / 2][4]) {
-#pragma unroll
-    for (int step = 0; step < kTilesS / 2; ++step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = &s[0][2 * step + i / 2][i % 2 * 2];
-        p[step][i] = Element::pack(pair[0], pair[1]);
-      }
-    }
-  }
-
   __device__ void wait_for_values(Turn<T::kStages> v) const {
     ptx::mbarrier_wait(shared_.full_v(v.stage()), v.parity());
   }
@@ -282,17 +253,6 @@ class Consumer {
   __device__ void finish_values(Turn<T::kStages> v) {
     hold(acc_o[0]);
     release(shared_.empty_v(v.stage()));
-  }
-
-  // Skipped where no maximum of the warp's rows has grown: multiplying by 1 changes nothing.
-  __device__ void rescale(const float (&alpha)[1][2]) {
-    const bool grown = alpha[0][0] != 1.0f || alpha[0][1] != 1.0f;
-    if (!__any_sync(0xffffffffu, grown)) return;
-#pragma unroll
-    for (int n = 0; n < kTilesO; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc_o[0][n][e] *= alpha[0][e / 2];
-    }
   }
 
   // 0 * NaN is NaN: a key that a row does not see must not enter P V with an infinity or a NaN. So

@@ -9,7 +9,7 @@
 // half of what its 128 rows need.
 #pragma once
 
-#include "scores.cuh"
+#include "accumulators.cuh"
 #include "wide_isolation.cuh"
 
 namespace pfa::cuda::sm90 {
@@ -55,19 +55,7 @@ class WideConsumer {
 
   // Could a key that some row must not see have reached it through V?
   [[nodiscard]] __device__ bool has_nonfinite_output(const Sequence& sequence) const {
-    bool found = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float zeros[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int n = 0; n < kTilesO; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) zeros[c] = fmaf(acc_o[0][n][2 * r + c], 0.0f, zeros[c]);
-      }
-      const bool is_valid = first_row() + accumulator_row(lane(), 2 * r) < sequence.rows;
-      found |= is_valid && zeros[0] + zeros[1] != 0.0f;
-    }
-    return found;
+    return has_nonfinite_sums(acc_o, sequence.rows);
   }
 
  private:
@@ -93,10 +81,10 @@ class WideConsumer {
     }
     finish_scores(s, tiles, work, mine, has_bits, bits, careful);
     exponentiate(s, alpha);
-    pack(s, p);
+    pack<Element>(s, p);
     for (;;) {
       publish(p);
-      rescale(alpha);
+      rescale(acc_o, alpha);
       before = tiles.after(mine);
       mine = before < tiles.end() ? tiles.after(before) : before;
       if (mine >= tiles.end()) break;
@@ -108,7 +96,7 @@ class WideConsumer {
       hold(s[0]);
       finish_scores(s, tiles, work, mine, has_bits, bits, careful);
       exponentiate(s, alpha);
-      pack(s, p);
+      pack<Element>(s, p);
       finish_values();
     }
     start_values(p, careful);
@@ -118,11 +106,7 @@ class WideConsumer {
 
   __device__ void clear() {
     softmax.clear();
-#pragma unroll
-    for (int n = 0; n < kTilesO; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc_o[0][n][e] = 0.0f;
-    }
+    sm90::clear(acc_o);
   }
 
   [[nodiscard]] __device__ static int warpgroup() {
@@ -218,18 +202,6 @@ class WideConsumer {
     softmax.template exponentiate<ScoreStep<T>::kExact>(s, scores_.unit(), base, softmax.row_sum);
   }
 
-  // Accumulators of S are the A operand of P V once they are packed.
-  __device__ static void pack(const Scores<T>& s, uint32_t (&p)[kTilesS / 2][4]) {
-#pragma unroll
-    for (int step = 0; step < kTilesS / 2; ++step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = &s[0][2 * step + i / 2][i % 2 * 2];
-        p[step][i] = Element::pack(pair[0], pair[1]);
-      }
-    }
-  }
-
   // Sends P and the maxima to the other block, whose buffers are free: what it sent last, and this
   // warpgroup has used, came from there after it had used what was there before.
   __device__ void publish(const uint32_t (&p)[kTilesS / 2][4]) const {
@@ -274,7 +246,7 @@ class WideConsumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) most[0][r] = maxima[8 * r];
     softmax.update_max(most, scores_.unit(), alpha, base);
-    rescale(alpha);
+    rescale(acc_o, alpha);
     const auto p = Descriptor<T::kBoxRowBytes>::of(shared_.p(warpgroup()), 16);
     hold(acc_o[0]);
     add_chunks(careful, [&](int step, uint64_t v) {
@@ -297,17 +269,6 @@ class WideConsumer {
         multiply(i * kSteps + step, v.at(step * 16 * T::kBoxRowBytes));
       }
       pass_chunk();
-    }
-  }
-
-  // Skipped where no maximum of the warp's rows has grown: multiplying by 1 changes nothing.
-  __device__ void rescale(const float (&alpha)[1][2]) {
-    const bool grown = alpha[0][0] != 1.0f || alpha[0][1] != 1.0f;
-    if (!__any_sync(0xffffffffu, grown)) return;
-#pragma unroll
-    for (int n = 0; n < kTilesO; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc_o[0][n][e] *= alpha[0][e / 2];
     }
   }
 
