@@ -68,28 +68,32 @@ class Schedule {
 // when they need it: it would occupy a dozen registers of theirs.
 template <class T>
 struct Work {
-  TileRange own[T::kConsumers];  // of the rows of each warpgroup
+  // Of the rows of each warpgroup. Whatever is to be done to the scores of some tiles alone is done
+  // to those that are not full; where it concerns all tiles, none is.
+  TileRange own[T::kConsumers];
   TileRange range;
   Sequence sequence;
   int iteration;  // of this block of threads; kNone: no work is left
   int b, head, split;
+  bool careful;  // keys that a row does not see must not reach it, whatever stands in K and V
 
   static constexpr int kNone = -1;
 };
 
-// A turn of a ring of buffers; one register.
+// A turn of a ring of buffers; one register, which counts in the unit of addresses of barriers.
 template <int kSize>
 struct Turn {
+  static constexpr uint32_t kUnit = 8, kBytes = kSize * kUnit;
   uint32_t count = 0;
 
-  [[nodiscard]] __device__ int stage() const { return static_cast<int>(count % kSize); }
-  [[nodiscard]] __device__ uint32_t parity() const { return count / kSize % 2; }
-  [[nodiscard]] __device__ Turn before() const { return {count - 1}; }
-  __device__ void advance() { ++count; }
+  [[nodiscard]] __device__ uint32_t barrier() const { return count % kBytes; }  // from the first's
+  [[nodiscard]] __device__ uint32_t stage() const { return barrier() / kUnit; }
+  [[nodiscard]] __device__ uint32_t parity() const { return count / kBytes % 2; }
+  [[nodiscard]] __device__ Turn before() const { return {count - kUnit}; }
+  __device__ void advance() { count += kUnit; }
 };
 
-// Shared memory by address; barriers at its end. A buffer is full when TMA has filled it and empty
-// when every warp that reads it has said so.
+// Shared memory by address.
 template <class T>
 struct Shared {
   uint32_t base;  // a multiple of 1024
@@ -101,43 +105,65 @@ struct Shared {
   }
   // Of the block whose turn it is in the ring of Q.
   [[nodiscard]] __device__ Work<T>& work(Turn<T::kStagesQ> q) const {
-    return reinterpret_cast<Work<T>*>(pointer(base + T::kWork))[q.count % T::kWorkSlots];
+    return reinterpret_cast<Work<T>*>(pointer(base + T::kWork))[q.count / q.kUnit % T::kWorkSlots];
   }
-  [[nodiscard]] __device__ uint32_t q(int stage) const { return base + T::kQ + stage * T::kBytesQ; }
-  [[nodiscard]] __device__ uint32_t k(int stage) const { return base + T::kK + stage * T::kBytesK; }
-  [[nodiscard]] __device__ uint32_t v(int stage) const { return base + T::kV + stage * T::kBytesK; }
-  [[nodiscard]] __device__ uint32_t bias(int stage) const {
-    return base + T::kBias + stage * T::kBytesBias;
+};
+
+// With the rings of tiles; barriers at its end. A buffer is full when TMA has filled it and empty
+// when every warp that reads it has said so.
+template <class T>
+struct Rings : Shared<T> {
+  using TurnQ = Turn<T::kStagesQ>;
+  using TurnK = Turn<T::kStages>;
+
+  // Buffers of a turn, in units of 16 bytes, as descriptors have them.
+  [[nodiscard]] __device__ uint32_t chunk_q(TurnQ q) const { return chunk<T::kQ, T::kBytesQ>(q); }
+  [[nodiscard]] __device__ uint32_t chunk_k(TurnK k) const { return chunk<T::kK, T::kBytesK>(k); }
+  [[nodiscard]] __device__ uint32_t chunk_v(TurnK v) const { return chunk<T::kV, T::kBytesK>(v); }
+  // In bytes.
+  [[nodiscard]] __device__ uint32_t q(TurnQ q) const { return chunk_q(q) * kChunkBytes; }
+  [[nodiscard]] __device__ uint32_t k(TurnK k) const { return chunk_k(k) * kChunkBytes; }
+  [[nodiscard]] __device__ uint32_t v(TurnK v) const { return chunk_v(v) * kChunkBytes; }
+  [[nodiscard]] __device__ uint32_t bias(TurnK k) const {
+    return chunk<T::kBias, T::kBytesBias>(k) * kChunkBytes;
   }
-  [[nodiscard]] __device__ uint32_t full_q(int stage) const { return barrier(stage); }
-  [[nodiscard]] __device__ uint32_t empty_q(int stage) const {
-    return barrier(T::kStagesQ + stage);
-  }
-  [[nodiscard]] __device__ uint32_t full_k(int stage) const { return ring_barrier(0, stage); }
-  [[nodiscard]] __device__ uint32_t empty_k(int stage) const { return ring_barrier(1, stage); }
-  [[nodiscard]] __device__ uint32_t full_v(int stage) const { return ring_barrier(2, stage); }
-  [[nodiscard]] __device__ uint32_t empty_v(int stage) const { return ring_barrier(3, stage); }
+
+  [[nodiscard]] __device__ uint32_t full_q(TurnQ q) const { return barrier<0>(q); }
+  [[nodiscard]] __device__ uint32_t empty_q(TurnQ q) const { return barrier<1>(q); }
+  [[nodiscard]] __device__ uint32_t full_k(TurnK k) const { return barrier<2>(k); }
+  [[nodiscard]] __device__ uint32_t empty_k(TurnK k) const { return barrier<3>(k); }
+  [[nodiscard]] __device__ uint32_t full_v(TurnK v) const { return barrier<4>(v); }
+  [[nodiscard]] __device__ uint32_t empty_v(TurnK v) const { return barrier<5>(v); }
 
   __device__ void init_barriers() const {
     constexpr int kWarps = T::kConsumerThreads / kWarp;
-    for (int stage = 0; stage < T::kStagesQ; ++stage) {
-      ptx::mbarrier_init(full_q(stage), 1);
-      ptx::mbarrier_init(empty_q(stage), kWarps);
+    TurnQ q;
+    for (int stage = 0; stage < T::kStagesQ; ++stage, q.advance()) {
+      ptx::mbarrier_init(full_q(q), 1);
+      ptx::mbarrier_init(empty_q(q), kWarps);
     }
-    for (int stage = 0; stage < T::kStages; ++stage) {
-      ptx::mbarrier_init(full_k(stage), 1);
-      ptx::mbarrier_init(empty_k(stage), kWarps);
-      ptx::mbarrier_init(full_v(stage), 1);
-      ptx::mbarrier_init(empty_v(stage), kWarps);
+    TurnK k;
+    for (int stage = 0; stage < T::kStages; ++stage, k.advance()) {
+      ptx::mbarrier_init(full_k(k), 1);
+      ptx::mbarrier_init(empty_k(k), kWarps);
+      ptx::mbarrier_init(full_v(k), 1);
+      ptx::mbarrier_init(empty_v(k), kWarps);
     }
     ptx::fence_mbarrier_init();
   }
 
- protected:
-  [[nodiscard]] __device__ uint32_t ring_barrier(int ring, int stage) const {
-    return barrier(2 * T::kStagesQ + ring * T::kStages + stage);
+ private:
+  template <int kFirst, int kBytes, class Turn>
+  [[nodiscard]] __device__ uint32_t chunk(Turn turn) const {
+    return this->base / kChunkBytes + kFirst / kChunkBytes + turn.stage() * (kBytes / kChunkBytes);
   }
-  [[nodiscard]] __device__ uint32_t barrier(int i) const { return base + T::kControl + 8 * i; }
+  // An `or` finds the address of a barrier, as the rings lie apart.
+  template <int kRing, class Turn>
+  [[nodiscard]] __device__ uint32_t barrier(Turn turn) const {
+    constexpr int kRingBytes = 64;
+    static_assert(Turn::kBytes <= kRingBytes && 6 * kRingBytes <= T::kControlBytes);
+    return (this->base | turn.barrier()) + T::kControl + kRing * kRingBytes;
+  }
 };
 
 // Iterations that have to run again: a bit each, shared by iterations that are kBits apart; blocks

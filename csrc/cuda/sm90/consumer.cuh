@@ -20,20 +20,18 @@ class Consumer {
   float acc_o[1][kTilesO][4];
   LazySoftmax softmax;
 
-  __device__ Consumer(const Arguments& arguments, const Shared<T>& shared)
+  __device__ Consumer(const Arguments& arguments, const Rings<T>& shared)
       : p_(arguments.params), shared_(shared), scores_(arguments.params) {
     if (T::kTakesTurns && warpgroup() == T::kConsumers - 1) pass_turn();
   }
 
-  // Blocks of work until there is none left; store(work) is called with the sums of each. careful:
-  // keys that a row does not see cannot reach it, whatever stands in K and V.
+  // Blocks of work until there is none left; store(work) is called with the sums of each.
   template <class Store>
-  __device__ void run(bool careful, const Store& store) {
-    careful_ = careful;
+  __device__ void run(const Store& store) {
     clear();
     for (enter(); !is_over();) {
       skip_to(own().begin);
-      if (n_ < own().end) {
+      if (has_tile()) {
         run_chain(store);
       } else {
         leave_q();
@@ -54,6 +52,7 @@ class Consumer {
  private:
   using Tiles = typename T::Mask::template Tiles<T::kBlockN>;
   using Bits = typename ScoreStep<T>::Bits;
+  using Operand = Descriptor<T::kBoxRowBytes>;
 
   // For the next block.
   __device__ void clear() {
@@ -64,28 +63,41 @@ class Consumer {
   // Tiles that a row of this warpgroup may see.
   [[nodiscard]] __device__ TileRange own() const { return shared_.work(q_).own[warpgroup()]; }
 
+  // Is n_, at or behind the first one of them, one of them? Most tiles are full, and those ask
+  // nothing else.
+  [[nodiscard]] __device__ bool has_tile() {
+    const TileRange range = own();
+    if (n_ >= range.full_begin) full_end_ = range.full_end;
+    return n_ < range.end;
+  }
+  [[nodiscard]] __device__ bool is_full() const { return n_ < full_end_; }
+
   [[nodiscard]] __device__ bool is_over() const {
     return shared_.work(q_).iteration == Work<T>::kNone;
   }
 
   // Waits for the next block of work and its Q, and goes to its first tile.
   __device__ void enter() {
-    ptx::mbarrier_wait(shared_.full_q(q_.stage()), q_.parity());
+    ptx::mbarrier_wait(shared_.full_q(q_), q_.parity());
     const Work<T>& work = shared_.work(q_);
     if (work.iteration == Work<T>::kNone) return;
     tiles_ = Tiles(p_, work.b, work.sequence.row_begin / T::kBlockM, work.range);
     n_ = tiles_.first();
+    full_end_ = 0;
+    q_low_ = Operand::of_chunk(
+                 shared_.chunk_q(q_) + warpgroup() * (64 * T::kBoxRowBytes / kChunkBytes), 16)
+                 .low;
   }
 
   // Lets the tiles before end go by.
   __device__ void skip_to(int end) {
     for (; n_ < end; n_ = tiles_.after(n_)) {
-      ptx::mbarrier_wait(shared_.full_k(k_.stage()), k_.parity());
-      release(shared_.empty_k(k_.stage()));
+      ptx::mbarrier_wait(shared_.full_k(k_), k_.parity());
+      release(shared_.empty_k(k_));
       wait_for_turn();
       pass_turn();
-      ptx::mbarrier_wait(shared_.full_v(k_.stage()), k_.parity());
-      release(shared_.empty_v(k_.stage()));
+      ptx::mbarrier_wait(shared_.full_v(k_), k_.parity());
+      release(shared_.empty_v(k_));
       k_.advance();
     }
   }
@@ -108,7 +120,7 @@ class Consumer {
       bool goes_on = false;
       if (T::kStagesQ > 1 && !skips) {
         enter();
-        goes_on = !is_over() && n_ >= own().begin && n_ < own().end;
+        goes_on = !is_over() && n_ >= own().begin && has_tile();
       }
       if (goes_on) wait_for_keys();
       const Turn<T::kStages> v = k_.before();
@@ -137,15 +149,17 @@ class Consumer {
     }
   }
 
-  // The tiles from n_ to own_.end but for the last P V. s has the sums of the first one.
+  // The tiles from n_ on but for the last P V. s has the sums of the first one.
   __device__ void multiply(Scores<T>& s, uint32_t (&p)[kTilesS / 2][4]) {
     Bits bits;
     float alpha[1][2];
     bool has_bits = load_bits(bits);
     finish_scores(s, has_bits, bits);
-    softmax.template step<ScoreStep<T>::kExact>(s, scores_.unit(), careful_, alpha);
+    exponentiate(s, alpha);
     pack<Element>(s, p);
-    for (n_ = tiles_.after(n_); n_ < own().end; n_ = tiles_.after(n_)) {
+    for (;;) {
+      n_ = static_cast<int>(recomputed(static_cast<unsigned>(tiles_.after(n_))));
+      if (!is_full() && !has_tile()) break;
       has_bits = load_bits(bits);
       wait_for_keys();
       wait_for_turn();
@@ -157,12 +171,11 @@ class Consumer {
       ptx::wgmma_wait<1>();
       hold(s[0]);
       finish_scores(s, has_bits, bits);
-      const bool changed =
-          softmax.template step<ScoreStep<T>::kExact>(s, scores_.unit(), careful_, alpha);
+      const int changed = exponentiate(s, alpha);
       hold(s[0]);
       ptx::wgmma_wait<0>();
       finish_values(v);
-      if (changed) rescale(acc_o, alpha);
+      if (changed != 0) rescale(acc_o, alpha);
       pack<Element>(s, p);
     }
     leave_q();
@@ -179,7 +192,7 @@ class Consumer {
   }
 
   __device__ void leave_q() {
-    release(shared_.empty_q(q_.stage()));
+    release(shared_.empty_q(q_));
     q_.advance();
   }
 
@@ -190,8 +203,15 @@ class Consumer {
   }
 
   __device__ void wait_for_keys() {
-    ptx::mbarrier_wait(shared_.full_k(k_.stage()), k_.parity());
-    if (careful_) isolate_nonfinite_values();
+    ptx::mbarrier_wait(shared_.full_k(k_), k_.parity());
+    if (!is_full() && is_careful()) isolate_nonfinite_values();
+  }
+
+  [[nodiscard]] __device__ bool is_careful() const { return shared_.work(q_).careful; }
+
+  __device__ int exponentiate(Scores<T>& s, float (&alpha)[1][2]) {
+    return softmax.template step<ScoreStep<T>::kExact>(
+        s, scores_.unit(), [this] { return is_careful(); }, alpha);
   }
 
   // Warpgroups start their products in turns, so that the softmax of one meets the products of
@@ -208,9 +228,7 @@ class Consumer {
   // Q K^T of the tile that k_ points to.
   __device__ void start_scores(Scores<T>& s) const {
     constexpr int kSteps = T::kBoxColumns / 16;  // of a box
-    using Operand = Descriptor<T::kBoxRowBytes>;
-    const uint32_t rows = recomputed(shared_.q(q_.stage()) + warpgroup() * (64 * T::kBoxRowBytes));
-    const Operand q = Operand::of(rows, 16), k = Operand::of(shared_.k(k_.stage()), 16);
+    const Operand q{q_low_}, k = Operand::of_chunk(shared_.chunk_k(k_), 16);
     hold(s[0]);
     ptx::wgmma_fence();
 #pragma unroll
@@ -223,23 +241,25 @@ class Consumer {
 
   // From the sums of tile n_ to its scores; K's buffer is given back.
   __device__ void finish_scores(Scores<T>& s, bool has_bits, const Bits& bits) {
-    if constexpr (T::kHasBias) scores_.add_bias(s, shared_.bias(k_.stage()), careful_);
-    release(shared_.empty_k(k_.stage()));
+    if constexpr (T::kHasBias) scores_.add_bias(s, shared_.bias(k_), is_careful());
+    release(shared_.empty_k(k_));
     k_.advance();
-    scores_.apply_sign(s);
-    const TileRange range = own();
-    const bool left = n_ < range.full_begin, right = n_ >= range.full_end;
-    if (left || right) scores_.mask_band(s, shared_.work(q_).sequence, n_, left, right);
-    if (has_bits) scores_.mask_bits(s, bits);
+    if (!is_full()) {
+      scores_.apply_sign(s);
+      const TileRange range = own();
+      scores_.mask_band(s, shared_.work(q_).sequence, n_, n_ < range.full_begin,
+                        n_ >= range.full_end);
+    }
+    if (has_bits) scores_.mask_bits(s, bits, n_);
   }
 
   __device__ void wait_for_values(Turn<T::kStages> v) const {
-    ptx::mbarrier_wait(shared_.full_v(v.stage()), v.parity());
+    ptx::mbarrier_wait(shared_.full_v(v), v.parity());
   }
 
   // O += P V.
   __device__ void start_values(Turn<T::kStages> turn, const uint32_t (&p)[kTilesS / 2][4]) {
-    const auto v = Descriptor<T::kBoxRowBytes>::of(shared_.v(turn.stage()), T::kBoxK);
+    const auto v = Operand::of_chunk(shared_.chunk_v(turn), T::kBoxK);
     hold(acc_o[0]);
     ptx::wgmma_fence();
 #pragma unroll
@@ -252,17 +272,17 @@ class Consumer {
   // After the wait for P V.
   __device__ void finish_values(Turn<T::kStages> v) {
     hold(acc_o[0]);
-    release(shared_.empty_v(v.stage()));
+    release(shared_.empty_v(v));
   }
 
   // 0 * NaN is NaN: a key that a row does not see must not enter P V with an infinity or a NaN. So
   // the rows of V that have one become zeros and those keys NaN, which scores carry to the rows
   // that see them. Only for the rare second run of a block.
   __device__ void isolate_nonfinite_values() {
-    ptx::mbarrier_wait(shared_.full_v(k_.stage()), k_.parity());  // V's ring turns like K's
+    ptx::mbarrier_wait(shared_.full_v(k_), k_.parity());  // V's ring turns like K's
     const int first = static_cast<int>(threadIdx.x) - kWarpgroup;
-    char* v = Shared<T>::pointer(shared_.v(k_.stage()));
-    char* k = Shared<T>::pointer(shared_.k(k_.stage()));
+    char* v = Shared<T>::pointer(shared_.v(k_));
+    char* k = Shared<T>::pointer(shared_.k(k_));
 #pragma unroll 1
     for (int key = first; key < T::kBlockN; key += T::kConsumerThreads) {
       bool found = false;
@@ -288,14 +308,14 @@ class Consumer {
   }
 
   const Params& p_;
-  Shared<T> shared_;
+  Rings<T> shared_;
   ScoreStep<T> scores_;
   Turn<T::kStagesQ> q_;
   Turn<T::kStages> k_;  // the next tile whose K is given back
-  bool careful_ = false;
   // Of the block of work that is being computed.
   Tiles tiles_;
-  int n_ = 0;
+  int n_ = 0, full_end_ = 0;
+  uint32_t q_low_;
 };
 
 }  // namespace pfa::cuda::sm90

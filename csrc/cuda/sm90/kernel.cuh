@@ -15,7 +15,7 @@ namespace pfa::cuda::sm90 {
 template <class T>
 __device__ __forceinline__ void forward(const Arguments& a) {
   extern __shared__ char unaligned[];
-  const Shared<T> shared{(ptx::shared_address(unaligned) + 1023) / 1024 * 1024};
+  const Rings<T> shared{(ptx::shared_address(unaligned) + 1023) / 1024 * 1024};
   const Suspects<T> suspects(shared);
   suspects.clear();
   if (threadIdx.x == 0) {
@@ -42,12 +42,14 @@ __device__ __forceinline__ void forward(const Arguments& a) {
   } else {
     ptx::take_registers<T::kConsumerRegisters>();
     Consumer<T> consumer(a, shared);
-    for (bool second = false;; second = true) {
-      consumer.run(second, [&](const Work<T>& work) {
-        if (!second && consumer.has_nonfinite_output(work.sequence)) suspects.add(work.iteration);
-        Epilogue<T, Consumer<T>>::store(a.params, work, consumer, second);
+    for (;;) {
+      consumer.run([&](const Work<T>& work) {
+        if (!work.careful && consumer.has_nonfinite_output(work.sequence)) {
+          suspects.add(work.iteration);
+        }
+        Epilogue<T, Consumer<T>>::store(a.params, work, consumer, work.careful);
       });
-      if (second) return;
+      if (suspects.has_begun()) return;
       ptx::barrier_sync(kAllThreads, T::kThreads);
       if (!suspects.any()) return;
     }

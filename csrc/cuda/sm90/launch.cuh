@@ -35,14 +35,18 @@ int blocks_per_sm(const Variant&, int) {
   return 1;
 }
 
-// Blocks of threads stay and take several blocks of work each where it is known how much work a
-// block is; elsewhere the GPU hands them out.
+// Does the work of a block depend on its rows, but not on its head? A dense mask is the same for
+// all heads.
+inline bool depends_on_rows(const Params& p) { return p.longest_first || p.mask.bits != nullptr; }
+
+// Blocks of threads stay and take several blocks of work each where it is known how these compare;
+// elsewhere the GPU hands them out.
 inline bool is_uniform(const Params& p) {
   const auto absent = [](const LengthsParams& lengths) {
     return lengths.data == nullptr && !lengths.is_inline;
   };
-  const bool whole = absent(p.seqused_q) && absent(p.seqused_k) && p.mask.bits == nullptr;
-  return whole && (!p.longest_first || (p.split.count == 1 && !p.batch_innermost));
+  const bool whole = absent(p.seqused_q) && absent(p.seqused_k);
+  return whole && (!depends_on_rows(p) || (p.split.count == 1 && !p.batch_innermost));
 }
 
 // About as many heads as have K and V in two thirds of an H100's L2 together, but such a number
@@ -91,7 +95,7 @@ void launch(const Variant& variant, const Params& params, int64_t blocks, int de
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
           "read the attributes of the GPU");
     const int workers = multiprocessors / T::kCluster;
-    if (stays && params.longest_first) a.section = heads_of_section(params, workers);
+    if (stays && depends_on_rows(params)) a.section = heads_of_section(params, workers);
     const int64_t most = stays ? workers : kMaxGrid / T::kCluster;
     do {
       const int64_t left = blocks - a.params.first_block;

@@ -18,26 +18,41 @@ namespace pfa::cuda::sm90 {
 
 class LazySoftmax : public Softmax<1> {
  public:
+  __device__ void clear() {
+    Softmax<1>::clear();
+    looks_ = 1;
+  }
+
   // s becomes p, and is added to the sums. Returns whether row_max may have changed: alpha is then
-  // what the sums so far are worth now. careful: before anything becomes an infinity.
-  template <bool kExact, int kTiles>
-  __device__ bool step(float (&s)[1][kTiles][4], float unit, bool careful, float (&alpha)[1][2]) {
-    float sums[1][2] = {{0.0f, 0.0f}}, base[1][2];
+  // what the sums so far are worth now. is_careful() is asked in a row's first tile: whether to
+  // look at each tile before anything becomes an infinity.
+  template <bool kExact, int kTiles, class IsCareful>
+  __device__ int step(float (&s)[1][kTiles][4], float unit, const IsCareful& is_careful,
+                      float (&alpha)[1][2]) {
+    float sums[1][2] = {{0.0f, 0.0f}}, base[1][2] = {{row_max[0][0], row_max[0][1]}};
     bool is_new[2] = {false, false};
-    bool changed = careful || __any_sync(kAllLanes, is_unset(0) || is_unset(1));
-    if (changed) find(s, unit, is_new, alpha);
+    int changed = looks_;
+    if (changed != 0) {
+      find(s, unit, is_new, alpha);
+      const bool is_unset[2] = {row_max[0][0] == -kInfinity, row_max[0][1] == -kInfinity};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) base[0][r] = row_max[0][r] == -kInfinity ? 0.0f : row_max[0][r];
+      for (int r = 0; r < 2; ++r) base[0][r] = is_unset[r] ? 0.0f : row_max[0][r];
+      looks_ = is_careful() ? 1 : __any_sync(kAllLanes, is_unset[0] || is_unset[1]);
+    }
     exponentiate<kExact>(s, unit, base, sums);
     bool demands[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      demands[r] = !is_new[r] && sums[0][r] > fminf(kDominant * row_sum[0][r], kMost);
+      demands[r] = sums[0][r] > fminf(kDominant * row_sum[0][r], kMost);
     }
     if (__any_sync(kAllLanes, demands[0] || demands[1])) {
-      if (!changed) alpha[0][0] = alpha[0][1] = 1.0f;
-      raise(s, unit, demands, sums, alpha);
-      changed = true;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) demands[r] = demands[r] && !is_new[r];
+      if (__any_sync(kAllLanes, demands[0] || demands[1])) {
+        if (changed == 0) alpha[0][0] = alpha[0][1] = 1.0f;
+        raise(s, unit, demands, sums, alpha);
+        changed = 1;
+      }
     }
     row_sum[0][0] += sums[0][0];
     row_sum[0][1] += sums[0][1];
@@ -45,12 +60,11 @@ class LazySoftmax : public Softmax<1> {
   }
 
  private:
-  // Has the row no key so far?
-  [[nodiscard]] __device__ bool is_unset(int r) const { return row_max[0][r] == -kInfinity; }
-
   // Of a lane's part of a tile's row. float16 holds twice as much.
   static constexpr float kMost = 32768.0f, kDominant = 4.0f;
   static constexpr uint32_t kAllLanes = 0xffffffffu;
+  // Makes a normal number of the smallest unit: fast division takes no other.
+  static constexpr float kNormal = 4294967296.0f;
 
   // row_max of the rows that have none yet, or one from which float does not reach this tile's.
   template <int kTiles>
@@ -80,8 +94,9 @@ class LazySoftmax : public Softmax<1> {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const bool raises = (__ballot_sync(kAllLanes, demands[r]) >> quad & 15) != 0;
-      const float largest = raises ? fmaxf(most[0][r], 1.0f) : 1.0f, shrink = 1.0f / largest;
-      row_max[0][r] += log2f(largest) / unit;
+      const float by = raises ? __log2f(fmaxf(most[0][r], 1.0f)) : 0.0f;
+      const float shrink = ptx::exp2_approx(-by);
+      row_max[0][r] += __fdividef(by, unit * kNormal) * kNormal;
       alpha[0][r] *= shrink;
       row_sum[0][r] *= shrink;
       float sum = 0.0f;  // once more: it may have been too much for float
@@ -93,6 +108,8 @@ class LazySoftmax : public Softmax<1> {
       if (raises) sums[0][r] = sum;
     }
   }
+
+  int looks_;  // has a row of the warp no key so far?
 };
 
 }  // namespace pfa::cuda::sm90

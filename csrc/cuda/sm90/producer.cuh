@@ -10,7 +10,7 @@ namespace pfa::cuda::sm90 {
 template <class T>
 class Producer {
  public:
-  __device__ Producer(const Arguments& arguments, const Shared<T>& shared,
+  __device__ Producer(const Arguments& arguments, const Rings<T>& shared,
                       const Suspects<T>& suspects)
       : a_(arguments), shared_(shared), suspects_(suspects) {}
 
@@ -71,9 +71,7 @@ class Producer {
   [[nodiscard]] __device__ static bool is_elected() { return recomputed(threadIdx.x) % kWarp == 0; }
 
   // A slot is free when the buffer of Q is that goes with it.
-  __device__ void wait_for_slot() {
-    ptx::mbarrier_wait(shared_.empty_q(q_.stage()), q_.parity() ^ 1);
-  }
+  __device__ void wait_for_slot() { ptx::mbarrier_wait(shared_.empty_q(q_), q_.parity() ^ 1); }
 
   // Tells the consumers of a block of work. Lanes take the warpgroups' shares of it; the second
   // time all warpgroups look at all tiles together.
@@ -85,6 +83,7 @@ class Producer {
       work.b = static_cast<int>(block.b);
       work.head = block.head;
       work.split = block.split;
+      work.careful = suspects_.has_begun();
       work.sequence = rows;
       work.range = rows.template tiles<T::kBlockN>(block.split, a_.params.split.count);
     }
@@ -94,15 +93,18 @@ class Producer {
       rows.row_begin += 64 * warpgroup;
       rows.rows = min(max(rows.rows - 64 * warpgroup, 0), 64);
       TileRange own = rows.template tiles<T::kBlockN>();
+      if (work.careful) own = work.range;
       own.begin = min(max(own.begin, work.range.begin), work.range.end);
       own.end = min(own.end, work.range.end);
-      work.own[warpgroup] = suspects_.has_begun() ? work.range : own;
+      own.full_end = min(own.full_end, own.end);
+      if (work.careful || (a_.params.softmax_scale < 0.0f && !T::kHasBias)) own.full_end = 0;
+      work.own[warpgroup] = own;
     }
     __syncwarp();
   }
 
   __device__ void arrive_q() {
-    if (is_elected()) ptx::mbarrier_arrive(shared_.full_q(q_.stage()));
+    if (is_elected()) ptx::mbarrier_arrive(shared_.full_q(q_));
     q_.advance();
   }
 
@@ -114,13 +116,12 @@ class Producer {
   __device__ void load_q() {
     if (is_elected()) {
       const StridedTensor& q = a_.params.q;
-      const uint32_t full = shared_.full_q(q_.stage());
+      const uint32_t full = shared_.full_q(q_);
       ptx::mbarrier_arrive_expect(full, T::kBytesQ);
 #pragma unroll
       for (int box = 0; box < T::kBoxes; ++box) {
-        ptx::tma_load(shared_.q(q_.stage()) + box * T::kBoxQ, &a_.maps.q, full,
-                      box * T::kBoxColumns, at(rows_.row, q.row), at(rows_.head, q.head),
-                      at(keys_.batch, q.batch));
+        ptx::tma_load(shared_.q(q_) + box * T::kBoxQ, &a_.maps.q, full, box * T::kBoxColumns,
+                      at(rows_.row, q.row), at(rows_.head, q.head), at(keys_.batch, q.batch));
       }
     }
     q_.advance();
@@ -128,16 +129,16 @@ class Producer {
 
   // The bias travels with K.
   __device__ void load_k(int n) {
-    const uint32_t full = shared_.full_k(k_.stage());
-    ptx::mbarrier_wait(shared_.empty_k(k_.stage()), k_.parity() ^ 1);
+    const uint32_t full = shared_.full_k(k_);
+    ptx::mbarrier_wait(shared_.empty_k(k_), k_.parity() ^ 1);
     if (is_elected()) {
       ptx::mbarrier_arrive_expect(full, T::kBytesK + T::kBytesBias);
-      load_boxes(n, keys_, shared_.k(k_.stage()), &a_.maps.k, full, a_.params.k);
+      load_boxes(n, keys_, shared_.k(k_), &a_.maps.k, full, a_.params.k);
       if constexpr (T::kHasBias) {
         const BiasParams& bias = a_.params.bias;
 #pragma unroll
         for (int box = 0; box < T::kBiasBoxes; ++box) {
-          ptx::tma_load(shared_.bias(k_.stage()) + box * T::kBoxBias, &a_.maps.bias, full,
+          ptx::tma_load(shared_.bias(k_) + box * T::kBoxBias, &a_.maps.bias, full,
                         n * T::kBlockN + box * T::kBiasColumns, at(rows_.row, bias.row),
                         at(rows_.head, bias.head), at(keys_.batch, bias.batch));
         }
@@ -147,11 +148,11 @@ class Producer {
   }
 
   __device__ void load_v(Turn<T::kStages> turn, int n, const KeysPlace& place) const {
-    const uint32_t full = shared_.full_v(turn.stage());
-    ptx::mbarrier_wait(shared_.empty_v(turn.stage()), turn.parity() ^ 1);
+    const uint32_t full = shared_.full_v(turn);
+    ptx::mbarrier_wait(shared_.empty_v(turn), turn.parity() ^ 1);
     if (is_elected()) {
       ptx::mbarrier_arrive_expect(full, T::kBytesK);
-      load_boxes(n, place, shared_.v(turn.stage()), &a_.maps.v, full, a_.params.v);
+      load_boxes(n, place, shared_.v(turn), &a_.maps.v, full, a_.params.v);
     }
   }
 
@@ -166,7 +167,7 @@ class Producer {
   }
 
   const Arguments& a_;
-  Shared<T> shared_;
+  Rings<T> shared_;
   Suspects<T> suspects_;
   RowsPlace rows_;
   KeysPlace keys_;

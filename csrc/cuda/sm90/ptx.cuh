@@ -44,9 +44,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       ".reg .pred done;\n"
       "WAIT:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\n"
-      "bra WAIT;\n"
-      "DONE:\n"
+      "@!done bra WAIT;\n"
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
@@ -102,9 +100,7 @@ __device__ __forceinline__ void mbarrier_wait_for_cluster(uint32_t barrier, uint
       ".reg .pred done;\n"
       "WAIT:\n"
       "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\n"
-      "bra WAIT;\n"
-      "DONE:\n"
+      "@!done bra WAIT;\n"
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");

@@ -81,17 +81,16 @@ class ScoreStep {
           sequence, first_row() + accumulator_row(lane, 2 * r), n * T::kBlockN, T::kBlockN);
       const int first = columns.first - accumulator_column(lane, 0);
       const int last = columns.last - accumulator_column(lane, 0);
-      const auto mask_if = [&](auto is_outside) {
+      const auto for_all = [&](auto mask) {
 #pragma unroll
         for (int i = 0; i < kTilesS; ++i) {
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            if (is_outside(8 * i + c)) s[0][i][2 * r + c] = -kInfinity;
-          }
+          for (int c = 0; c < 2; ++c) mask(s[0][i][2 * r + c], 8 * i + c);
         }
       };
-      if (left) mask_if([first](int column) { return column < first; });
-      if (right) mask_if([last](int column) { return column >= last; });
+      if (left) for_all([=](float& x, int column) { mask_if_less(x, column, first, n, column); });
+      if (right)
+        for_all([=](float& x, int column) { mask_if_less(x, last - 1, column, n, column); });
     }
   }
 
@@ -111,18 +110,40 @@ class ScoreStep {
     }
   }
 
-  __device__ void mask_bits(Scores<T>& s, const Bits& bits) const {
+  __device__ void mask_bits(Scores<T>& s, const Bits& bits, int n) const {
 #pragma unroll
-    for (int n = 0; n < kTilesS; ++n) {
+    for (int i = 0; i < kTilesS; ++i) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const uint32_t bit = 1u << bit_of(n % (kMaskKeys / 8), e);
-        if ((bits[n / (kMaskKeys / 8)] & bit) != 0) s[0][n][e] = -kInfinity;
+        const uint32_t bit = 1u << bit_of(i % (kMaskKeys / 8), e);
+        mask_if_set(s[0][i][e], bits[i / (kMaskKeys / 8)] & bit, n, 4 * i + e);
       }
     }
   }
 
  private:
+  // A masked score becomes -inf by arithmetic: selecting it would keep the pipe busy that integers
+  // and the maximum need. The tile's number has the bits of a small float; column differs between
+  // scores, lest the compiler computes -inf once and selects it.
+  __device__ static void mask_if_less(float& x, int a, int b, int tile, int column) {
+    asm("{\n"
+        ".reg .pred masked;\n"
+        "setp.lt.s32 masked, %1, %2;\n"
+        "@masked fma.rn.f32 %0, %3, %4, 0fFF800000;\n"
+        "}\n"
+        : "+f"(x)
+        : "r"(a), "r"(b), "f"(__int_as_float(tile)), "f"(static_cast<float>(column + 1)));
+  }
+  __device__ static void mask_if_set(float& x, uint32_t bits, int tile, int column) {
+    asm("{\n"
+        ".reg .pred masked;\n"
+        "setp.ne.u32 masked, %1, 0;\n"
+        "@masked fma.rn.f32 %0, %2, %3, 0fFF800000;\n"
+        "}\n"
+        : "+f"(x)
+        : "r"(bits), "f"(__int_as_float(tile)), "f"(static_cast<float>(column + 1)));
+  }
+
   const Params& p_;
 };
 

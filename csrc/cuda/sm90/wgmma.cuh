@@ -20,7 +20,10 @@ struct Descriptor {
   // Of the tile at a multiple of 8 rows. `block_bytes`: from one block of kRowBytes columns to the
   // next, for an operand that is read transposed; otherwise ignored.
   __device__ static Descriptor of(uint32_t shared, int block_bytes) {
-    return {(shared & 0x3ffffu) >> 4 | static_cast<uint32_t>(block_bytes >> 4) << 16};
+    return of_chunk(shared >> 4, block_bytes);
+  }
+  __device__ static Descriptor of_chunk(uint32_t shared, int block_bytes) {
+    return {shared + (static_cast<uint32_t>(block_bytes >> 4) << 16)};
   }
   // That many bytes further on. Shared memory ends before the addresses' 18 bits do.
   [[nodiscard]] __device__ uint64_t at(int bytes) const {

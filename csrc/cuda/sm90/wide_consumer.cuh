@@ -192,7 +192,7 @@ class WideConsumer {
     }
     scores_.apply_sign(s);
     if (tiles.crosses_band(n)) scores_.mask_band(s, work.sequence, n, true, true);
-    if (has_bits) scores_.mask_bits(s, bits);
+    if (has_bits) scores_.mask_bits(s, bits, n);
   }
 
   __device__ void exponentiate(Scores<T>& s, float (&alpha)[1][2]) {
