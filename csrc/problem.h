@@ -91,6 +91,9 @@ struct Problem {
   InputView q;     // (batch, num_heads, seqlen_q, head_dim)
   InputView k, v;  // (batch, num_heads_k, seqlen_k, head_dim)
   OutputView out;  // (batch, num_heads, seqlen_q, head_dim), every element is written
+  // (batch, num_heads, seqlen_q) dense, every element is written: the natural logarithm of the sum
+  // of exp(score) over a row's keys, -inf for a row without one. Null: not wanted.
+  float* lse = nullptr;
   Band band;
   Mask mask;
   Bias bias;

@@ -5,6 +5,7 @@ from . import _library
 from ._library import cpu_isa
 from ._version import __version__
 from .api import prompt_flash_attention
+from .merge import merge_states
 from .portable import check_portable
 from .quant import trans_quant_param
 
@@ -12,6 +13,7 @@ __all__ = [
     "__version__",
     "check_portable",
     "cpu_isa",
+    "merge_states",
     "prompt_flash_attention",
     "trans_quant_param",
 ]

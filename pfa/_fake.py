@@ -39,6 +39,22 @@ def _forward(
     return query.new_empty(shape, dtype=dtype if quant_scale2 is None else torch.int8)
 
 
+def _forward_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    num_heads: int = 1,
+    input_layout: str = "BSH",
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = _forward(query, key, value, input_layout=input_layout, **others)
+    rows_first = input_layout in ("BSH", "BSND")
+    heads = num_heads if input_layout == "BSH" else query.shape[2 if rows_first else 1]
+    rows = query.shape[1 if rows_first else 2]
+    return out, query.new_empty((query.shape[0], heads, rows), dtype=torch.float32)
+
+
 def _check_inference(**arguments: Any) -> None:
     if not torch.is_grad_enabled():
         return
@@ -52,3 +68,5 @@ def _check_inference(**arguments: Any) -> None:
 
 torch.library.register_fake("pfa::forward", _forward)
 torch.library.register_fake("pfa::forward.tensor_lens", _forward)
+torch.library.register_fake("pfa::forward_lse", _forward_lse)
+torch.library.register_fake("pfa::forward_lse.tensor_lens", _forward_lse)

@@ -36,6 +36,12 @@ class Backend:
 
         return torch.ops.pfa.forward
 
+    def operator_lse(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The same of torch.ops.pfa.forward_lse."""
+        import pfa  # noqa: F401
+
+        return torch.ops.pfa.forward_lse
+
     def plan(self, call: Call) -> reference.Plan:
         """How the kernels cut the keys of this call into tiles and runs."""
         head_dim = call.query.shape[-1] // (call.num_heads if call.layout == "BSH" else 1)
@@ -76,6 +82,9 @@ class Gpu(Simulator):
     def operator(self) -> Callable[..., Tensor]:
         return OnGpu(super().operator())
 
+    def operator_lse(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        return OnGpu(super().operator_lse())
+
     def choice(self, call: Call) -> Any:
         args, options = to_gpu(call.args, call.options)
         tensors = dict(zip(("query", "key", "value"), args, strict=True))
@@ -100,12 +109,13 @@ class Gpu(Simulator):
 class OnGpu:
     """An operator that takes and returns CPU tensors, and its overloads as attributes."""
 
-    def __init__(self, operator: Callable[..., Tensor]) -> None:
+    def __init__(self, operator: Callable[..., Any]) -> None:
         self._operator = operator
 
-    def __call__(self, *args: Tensor, **options: Any) -> Tensor:
+    def __call__(self, *args: Tensor, **options: Any) -> Any:
         args, options = to_gpu(args, options)
-        return self._operator(*args, **options).cpu()
+        out = self._operator(*args, **options)
+        return out.cpu() if isinstance(out, Tensor) else tuple(x.cpu() for x in out)
 
     def __getattr__(self, overload: str) -> OnGpu:
         return OnGpu(getattr(self._operator, overload))

@@ -73,6 +73,12 @@ def forward() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
+def forward_lse(forward: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """The same of torch.ops.pfa.forward_lse, which returns (out, softmax_lse)."""
+    return backends.current().operator_lse()
+
+
+@pytest.fixture(scope="session")
 def on_cuda() -> backends.Backend:
     """The CUDA kernels whatever the backend under test, in the simulator or on a GPU."""
     backend = backends.with_cuda()

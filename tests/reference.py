@@ -225,6 +225,11 @@ def exact(p: Parts) -> Tensor:
     return (weights @ p.v.double()) * (p.scale_p * p.descale_o)
 
 
+def lse(p: Parts) -> Tensor:
+    """(B, N, Sq) fp64: log of the sum of exp(score), -inf for a row without a key."""
+    return torch.logsumexp(p.scores(), -1)
+
+
 def softmax(s: Tensor) -> Tensor:
     """Rows without a finite score are zeros."""
     if s.shape[-1] == 0:
@@ -317,13 +322,20 @@ def _run(p: Parts, s: Tensor, width: int, p_error: float) -> tuple[Tensor, ...]:
     return peak, total, o, slack
 
 
+def plain_scores(p: Parts) -> Tensor:
+    """(B, N, Sq, Sk) as a user would write them in torch: 16 bits, or float32 of int8 inputs."""
+    exact = p.q.dtype == torch.int8
+    s = (p.q.float() @ p.k.float().mT) * p.descale_s if exact else p.q @ p.k.mT
+    s = s * p.scale
+    if p.bias is not None:
+        s = s + p.bias
+    return s.masked_fill(~p.visible, -torch.inf)
+
+
 def plain_torch(p: Parts) -> Tensor:
     """What a user would write in torch in the inputs' dtype; (B, N, Sq, D) before requantise.
 
     Its error against `exact` is the yardstick for the operator's.
     """
-    s = (p.q @ p.k.mT) * p.scale
-    if p.bias is not None:
-        s = s + p.bias
-    weights = torch.softmax(s.masked_fill(~p.visible, -torch.inf), -1)
+    weights = torch.softmax(plain_scores(p), -1)
     return torch.where(p.seen, weights, 0.0) @ p.v

@@ -153,6 +153,20 @@ void store_block(const Block& block, const BlockScratch<Dot>& scratch) {
   }
 }
 
+// Natural logarithm of the sum of exp(score) of each row. P was summed before it was rounded.
+template <class Dot>
+void store_lse(const Block& block, const BlockScratch<Dot>& scratch) {
+  const Problem& problem = block.problem;
+  float* lse =
+      problem.lse + (block.b * problem.num_heads + block.head) * problem.seqlen_q + block.row_begin;
+  const int64_t rows = std::min<int64_t>(kBlockM, problem.seqlen_q - block.row_begin);
+  for (int64_t r = 0; r < rows; ++r) {
+    const bool has_key = r < block.rows && scratch.row_sum[r] != 0.0f;
+    const double most = scratch.row_max[r] * block.softmax.nats_per_unit;
+    lse[r] = has_key ? static_cast<float>(most + std::log(double{scratch.row_sum[r]})) : -INFINITY;
+  }
+}
+
 // Of fixed_point.h, for Dot::kScaled.
 template <class Dot>
 void attend_tiles_fixed(const Block& block, const BlockScratch<Dot>& scratch,
@@ -186,6 +200,7 @@ void attend(const Plan& plan, int64_t b, int64_t head, int64_t m_block, const st
     }
   }
   store_block<Dot>(block, scratch);
+  if (block.problem.lse != nullptr) store_lse<Dot>(block, scratch);
 }
 
 template <class Dot>

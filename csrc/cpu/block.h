@@ -5,6 +5,7 @@
 namespace pfa::cpu::PFA_ISA {
 
 constexpr float kLog2e = 1.44269504088896341f;
+constexpr double kLn2 = 0.693147180559945309;
 constexpr float kNoMax = -3.402823466e38f;  // row_max of a row that has seen no key: see softmax.h
 constexpr int kPaddedRows = (kRows + kLanes - 1) / kLanes * kLanes;
 static_assert(kColumnStep % (2 * kLanes) == 0 && kPanel % kColumnStep == 0);
@@ -15,7 +16,8 @@ struct SoftmaxParams {
   float log2_per_unit = 1.0f;  // of row_max: 1, or log2(e) where there is a bias
   bool monotonic = false;      // scale >= 0: the largest raw score has the largest exponent
   bool bias_is_bf16 = false;
-  float p_scale = 1.0f;  // kQuantised: |quant_scale1|
+  double nats_per_unit = 1.0;  // of row_max, as accurately as log2_per_unit stands for it
+  float p_scale = 1.0f;        // kQuantised: |quant_scale1|
   float p_limit = 0.0f;  // kQuantised: 127, or 128 where quant_scale1 < 0 (saturation at -128)
 };
 
@@ -88,6 +90,7 @@ struct Block {
     }
     softmax.scale = problem.bias.data ? scale : scale * kLog2e;
     softmax.log2_per_unit = problem.bias.data ? kLog2e : 1.0f;
+    softmax.nats_per_unit = problem.bias.data ? 1.0 : kLn2;
     softmax.monotonic = scale >= 0.0f;
     softmax.bias_is_bf16 = problem.bias.dtype == DType::kBFloat16;
   }

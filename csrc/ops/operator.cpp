@@ -57,21 +57,33 @@ std::optional<torch::stable::accelerator::DeviceGuard> device_guard(const Tensor
   return std::make_optional<torch::stable::accelerator::DeviceGuard>(query.get_device_index());
 }
 
-}  // namespace
-
-Tensor forward(const Arguments& args) {
+Call computed(const Arguments& args, bool with_lse) {
   check_inference(args);
   const Backend backend = choose_backend(args);
   const auto guard = device_guard(args.query);
-  const Call call = make_call(args, backend);
+  Call call = make_call(args, backend, with_lse);
   if (!call.nothing_to_compute) run(args, call);
-  return call.out;
+  return call;
+}
+
+}  // namespace
+
+Tensor forward(const Arguments& args) { return computed(args, false).out; }
+
+OutputAndLse forward_lse(const Arguments& args) {
+  const Call call = computed(args, true);
+  return {call.out, *call.lse};
+}
+
+void check(const Arguments& args) {
+  check_inference(args);
+  check_call(args);
 }
 
 std::string choice(const Arguments& args) {
   const Backend backend = choose_backend(args);
   const auto guard = device_guard(args.query);
-  const Call call = make_call(args, backend);
+  const Call call = make_call(args, backend, false);
   return call.nothing_to_compute ? "none;0;0;0;" : cuda_choice(args, call);
 }
 

@@ -12,6 +12,15 @@ namespace pfa {
 // computed then.
 Tensor forward(const Arguments& args);
 
+// The same and, (B, N, Sq) float32, each row's log of the sum of exp(score).
+struct OutputAndLse {
+  Tensor out, lse;
+};
+OutputAndLse forward_lse(const Arguments& args);
+
+// Only judges the call, by the rules of forward.
+void check(const Arguments& args);
+
 // What the CUDA backend would run: "kernel;block_m;block_n;num_splits", for tests and reports.
 std::string choice(const Arguments& args);
 

@@ -14,14 +14,16 @@
 #include "../cpu/forward.h"
 #include "operator.h"
 
-#define PFA_SCHEMA(name, lengths)                                                               \
+#define PFA_SCHEMA(name, lengths, result)                                                       \
   name "(Tensor query, Tensor key, Tensor value, *, Tensor? pse_shift=None, "                   \
        "Tensor? padding_mask=None, Tensor? atten_mask=None, " lengths                           \
        " actual_seq_lengths=None, Tensor? deq_scale1=None, Tensor? quant_scale1=None, "         \
        "Tensor? deq_scale2=None, Tensor? quant_scale2=None, Tensor? quant_offset2=None, "       \
        "int num_heads=1, float scale_value=1.0, int pre_tokens=2147483647, int next_tokens=0, " \
        "str input_layout=\"BSH\", int num_key_value_heads=0, " lengths                          \
-       " actual_seq_lengths_kv=None, int sparse_mode=0) -> Tensor"
+       " actual_seq_lengths_kv=None, int sparse_mode=0) -> " result
+
+#define PFA_OUT_AND_LSE "(Tensor out, Tensor softmax_lse)"
 
 namespace pfa {
 namespace {
@@ -66,6 +68,18 @@ void boxed_forward(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_ou
   stack[0] = from(forward(args));
 }
 
+template <Lengths (*kTakeLengths)(StableIValue)>
+void boxed_forward_lse(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
+  const Arguments args = take_arguments<kTakeLengths>(stack);
+  const OutputAndLse results = forward_lse(args);
+  stack[0] = from(results.out);
+  stack[1] = from(results.lse);
+}
+
+void boxed_check(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
+  check(take_arguments<take_list>(stack));
+}
+
 // Text as the bytes of a tensor: a returned str leaks 48 bytes a call (torch 2.13).
 Tensor bytes_of(const std::string& text) {
   const std::vector<int64_t> size{static_cast<int64_t>(text.size())};
@@ -87,26 +101,34 @@ void boxed_cuda_choice(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*nu
 }  // namespace
 
 STABLE_TORCH_LIBRARY(pfa, m) {
-  m.def(PFA_SCHEMA("forward", "SymInt[]?"));
-  m.def(PFA_SCHEMA("forward.tensor_lens", "Tensor?"));
+  m.def(PFA_SCHEMA("forward", "SymInt[]?", "Tensor"));
+  m.def(PFA_SCHEMA("forward.tensor_lens", "Tensor?", "Tensor"));
+  m.def(PFA_SCHEMA("forward_lse", "SymInt[]?", PFA_OUT_AND_LSE));
+  m.def(PFA_SCHEMA("forward_lse.tensor_lens", "Tensor?", PFA_OUT_AND_LSE));
+  m.def(PFA_SCHEMA("_check", "SymInt[]?", "()"));
   m.def("_cpu_isa() -> Tensor");
-  m.def(PFA_SCHEMA("_cuda_choice", "SymInt[]?"));
-  m.def(PFA_SCHEMA("_cuda_choice.tensor_lens", "Tensor?"));
+  m.def(PFA_SCHEMA("_cuda_choice", "SymInt[]?", "Tensor"));
+  m.def(PFA_SCHEMA("_cuda_choice.tensor_lens", "Tensor?", "Tensor"));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pfa, CPU, m) {
   m.impl("forward", &boxed_forward<take_list>);
   m.impl("forward.tensor_lens", &boxed_forward<take_lengths_tensor>);
+  m.impl("forward_lse", &boxed_forward_lse<take_list>);
+  m.impl("forward_lse.tensor_lens", &boxed_forward_lse<take_lengths_tensor>);
 }
 
 // Without CUDA kernels it says so, where torch would list its dispatch keys.
 STABLE_TORCH_LIBRARY_IMPL(pfa, CUDA, m) {
   m.impl("forward", &boxed_forward<take_list>);
   m.impl("forward.tensor_lens", &boxed_forward<take_lengths_tensor>);
+  m.impl("forward_lse", &boxed_forward_lse<take_list>);
+  m.impl("forward_lse.tensor_lens", &boxed_forward_lse<take_lengths_tensor>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pfa, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", &boxed_cpu_isa);
+  m.impl("_check", &boxed_check);
   m.impl("_cuda_choice", &boxed_cuda_choice<take_list>);
   m.impl("_cuda_choice.tensor_lens", &boxed_cuda_choice<take_lengths_tensor>);
 }

@@ -4,6 +4,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <utility>
 
@@ -38,6 +40,22 @@ Tensor new_output(const Arguments& args, Layout layout, bool zeros) {
   } catch (const std::runtime_error&) {  // the reason does not cross the stable ABI before 2.13
     throw std::runtime_error("pfa.forward could not allocate an output as large as query, " +
                              shape_text(args.query));
+  }
+}
+
+// (B, N, Sq). Of an empty query no more is known than its rank.
+Tensor new_lse(const Arguments& args, Layout layout, bool no_keys) {
+  const Tensor& q = args.query;
+  const bool rows_first = rows_are_before_heads(layout);
+  const int64_t heads = layout == Layout::kBsh ? args.num_heads : q.size(rows_first ? 2 : 1);
+  const std::vector<int64_t> shape{q.size(0), std::max<int64_t>(heads, 0),
+                                   q.size(rows_first ? 1 : 2)};
+  try {
+    Tensor lse = torch::stable::new_empty(q, shape, ScalarType::Float);
+    return no_keys ? torch::stable::fill_(lse, -std::numeric_limits<double>::infinity()) : lse;
+  } catch (const std::runtime_error&) {
+    throw std::runtime_error("pfa.forward_lse could not allocate softmax_lse for query of shape " +
+                             shape_text(q));
   }
 }
 
@@ -105,6 +123,7 @@ void set_data(const Arguments& args, Layout layout, Call& call) {
   p.q = view_of(readable(args.query, call), layout, p.head_dim);
   p.k = view_of(readable(args.key, call), layout, p.head_dim);
   p.v = view_of(readable(args.value, call), layout, p.head_dim);
+  if (call.lse) p.lse = static_cast<float*>(call.lse->mutable_data_ptr());
   p.out = output_view(call.out, p, rows_are_before_heads(layout) || layout == Layout::kBnsdBsnd);
   if (reads_mask(args)) set_mask_data(*args.atten_mask, call);
   if (args.pse_shift) set_bias_data(*args.pse_shift, call);
@@ -133,11 +152,8 @@ void set_problem(const Arguments& args, Layout layout, Call& call) {
   p.softmax_scale = static_cast<float>(args.scale_value);
 }
 
-}  // namespace
-
-Call make_call(const Arguments& args, Backend backend) {
-  Call call{};
-  call.backend = backend;
+// Everything but memory; returns the layout.
+Layout judge(const Arguments& args, Call& call) {
   check_devices(args);
   check_dtypes(args);
   check_mask_dtypes(args);
@@ -149,9 +165,24 @@ Call make_call(const Arguments& args, Backend backend) {
   const Layout layout = check_layout(args);
   if (!empty) set_problem(args, layout, call);
   call.nothing_to_compute = empty || call.problem.seqlen_k == 0;
+  return layout;
+}
+
+}  // namespace
+
+Call make_call(const Arguments& args, Backend backend, bool with_lse) {
+  Call call{};
+  call.backend = backend;
+  const Layout layout = judge(args, call);
   call.out = new_output(args, layout, call.nothing_to_compute);
+  if (with_lse) call.lse = new_lse(args, layout, call.nothing_to_compute);
   if (!call.nothing_to_compute) set_data(args, layout, call);
   return call;
+}
+
+void check_call(const Arguments& args) {
+  Call call{};
+  judge(args, call);
 }
 
 }  // namespace pfa

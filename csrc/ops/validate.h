@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "../problem.h"
@@ -14,13 +15,17 @@ namespace pfa {
 struct Call {
   Backend backend;
   Problem problem;
-  Tensor out;               // fresh and contiguous
+  Tensor out;  // fresh and contiguous
+  std::optional<Tensor> lse;
   bool nothing_to_compute;  // out is final as it stands
   std::vector<Tensor> copies;
   std::vector<int64_t> seqused_q, seqused_k;
 };
 
 // Throws std::runtime_error before anything is computed or copied. Reads no memory of a GPU.
-[[nodiscard]] Call make_call(const Arguments& args, Backend backend);
+[[nodiscard]] Call make_call(const Arguments& args, Backend backend, bool with_lse);
+
+// Throws what make_call would, but allocates nothing.
+void check_call(const Arguments& args);
 
 }  // namespace pfa

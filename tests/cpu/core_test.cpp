@@ -80,7 +80,8 @@ class Run {
         mask_(c.mask ? c.batch * c.seqlen_q * c.seqlen_k : 1),
         bias_(c.bias ? c.num_heads * c.seqlen_q * c.seqlen_k : 1),
         scale_out_(c.num_heads * c.head_dim),
-        offset_out_(c.num_heads * c.head_dim) {
+        offset_out_(c.num_heads * c.head_dim),
+        lse_(c.batch * c.num_heads * c.seqlen_q) {
     fill();
     describe();
   }
@@ -159,6 +160,7 @@ class Run {
     p.k = view(k_.data.get(), c_.num_heads_k, c_.seqlen_k);
     p.v = view(v_.data.get(), c_.num_heads_k, c_.seqlen_k);
     p.out = {out_.data.get(), p.q.batch, p.q.head, p.q.row};
+    p.lse = lse_.data.get();
     p.band = {c_.lo, c_.hi, c_.bottom_right};
     if (c_.mask) p.mask = {mask_.data.get(), c_.seqlen_q * c_.seqlen_k, c_.seqlen_k};
     if (c_.bias) {
@@ -186,6 +188,14 @@ class Run {
     return !c_.mask || mask_.data[(b * c_.seqlen_q + i) * c_.seqlen_k + j] == 0;
   }
 
+  [[nodiscard]] double check_lse(int64_t row, double largest, double sum) const {
+    const double got = lse_.data[row];
+    if (sum == 0.0) return got == -INFINITY ? -1.0 : INFINITY;
+    if (std::isnan(sum)) return -1.0;  // the one row that sees the poisoned key
+    const double expected = largest + std::log(sum), error = std::fabs(got - expected);
+    return error <= 2e-3 * (1.0 + std::fabs(expected)) ? -1.0 : error;
+  }
+
   double check_row(int64_t b, int64_t h, int64_t i) {
     const int64_t d = c_.head_dim, q_row = ((b * c_.num_heads + h) * c_.seqlen_q + i) * d;
     const int64_t kv = (b * c_.num_heads_k + h / (c_.num_heads / c_.num_heads_k)) * c_.seqlen_k * d;
@@ -208,7 +218,7 @@ class Run {
       x = x == -INFINITY ? 0.0 : std::exp(x - largest);
       sum += x;
     }
-    double worst = -1.0;
+    double worst = check_lse((b * c_.num_heads + h) * c_.seqlen_q + i, largest, sum);
     for (int64_t x = 0; x < d; ++x) {
       double o = 0.0, steps = 0.0;
       for (int64_t j = 0; j < c_.seqlen_k; ++j) {
@@ -245,7 +255,7 @@ class Run {
   Exact<uint8_t> q_, k_, v_, out_;
   Exact<uint8_t> mask_;
   Exact<uint16_t> bias_;
-  Exact<float> scale_out_, offset_out_;
+  Exact<float> scale_out_, offset_out_, lse_;
   std::vector<int64_t> seqused_q_, seqused_k_;
   float descale_s_ = 1.0f / 1600, descale_o_ = 1.0f / (40 * 127);
   Problem problem_;
