@@ -33,8 +33,8 @@ def merge_states(
     input_layout : {"BSH", "BSND", "BNSD", "BNSD_BSND"}
         That of the calls which gave ``outs``: outputs of BNSD_BSND are (B, Sq, N, D).
     out : Tensor, optional
-        Contiguous, of ``outs``' shape, to write to; may be ``outs[0]``. A new tensor of
-        ``outs[0]``'s dtype otherwise.
+        Of ``outs``' shape, to write to; may be ``outs[0]``. A new tensor of ``outs[0]``'s dtype
+        otherwise.
 
     Returns
     -------
@@ -82,7 +82,7 @@ def _beside_channels(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def _split_heads(x: torch.Tensor, heads: int, layout: str) -> torch.Tensor:
-    return x.unflatten(-1, (heads, -1)) if layout == "BSH" else x
+    return x.view(*x.shape[:-1], heads, -1) if layout == "BSH" else x
 
 
 def _check(
@@ -120,5 +120,5 @@ def _check(
             )
         if lse.dtype != torch.float32:
             raise TypeError(f"lses[{i}] must have dtype float32, got {lse.dtype}")
-    if out is not None and (out.shape != shape or not out.is_contiguous()):
-        raise ValueError(f"out must be contiguous of shape {tuple(shape)}, got {tuple(out.shape)}")
+    if out is not None and out.shape != shape:
+        raise ValueError(f"out must have shape {tuple(shape)}, got {tuple(out.shape)}")

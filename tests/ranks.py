@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ranks that test_distributed.py starts: they run every case of their world size.
+
+    python tests/ranks.py WORLD FOLDER
+
+Rank 0 writes what the ranks computed together, every rank what it saw go wrong, to FOLDER; then
+the ranks' exit codes are printed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import reference
+import torch
+import torch.distributed as dist
+from inputs import Call, Case, Mask, Pse, Quant
+
+import pfa
+from pfa.distributed import (
+    StepReport,
+    context_parallel_forward,
+    exchange,
+    shard_sequence,
+    unshard_sequence,
+)
+
+SECONDS = 2.0  # of the group whose rank is slow
+
+CASES = [
+    Case("bf16", 2, 8, 4, sq=64, sk=96, dim=32),
+    Case("fp16", 1, 4, sq=160, sk=160, dim=32, mode=2, layout="BSH"),
+    Case("bf16", 2, 4, sq=96, sk=160, dim=40, mode=2, q_lens=(96, 50), k_lens=(160, 71)),
+    Case("bf16", 2, 8, 4, sq=64, sk=160, dim=32, mode=3, k_lens=(160, 131), layout="BSND"),
+    Case("fp16", 3, 4, sq=96, sk=64, dim=32, mode=3, q_lens=(96, 50, 7), k_lens=(30, 64, 0)),
+    Case("bf16", 2, 4, sq=112, sk=200, dim=64, mode=4, pre=60, nxt=5, q_lens=(112, 40)),
+    Case("fp16", 1, 4, sq=200, sk=304, dim=32, mode=4, pre=-20, nxt=60),
+    Case("fp16", 1, 4, sq=320, sk=320, dim=32, mode=4, pre=30, nxt=0),
+    Case("bf16", 2, 4, sq=72, sk=144, dim=32, mask=Mask(batched=True), pre=20, nxt=13),
+    Case("bf16", 2, 4, sq=72, sk=144, dim=32, mask=Mask(3, pad=5), nxt=30, k_lens=(144, 77)),
+    Case("fp16", 1, 4, sq=72, sk=304, dim=32, mask=Mask(2, pattern="empty_rows"), mode=1),
+    Case("bf16", 2, 4, sq=72, sk=96, dim=32, pse=Pse(batched=True, pad=4), layout="BSH"),
+    Case("fp16", 1, 8, 4, sq=96, sk=96, dim=32, pse=Pse(pattern="alibi"), mode=2),
+    Case("fp16", 1, 4, sq=72, sk=192, dim=32, pse=Pse(pattern="empty_rows"), layout="BNSD_BSND"),
+    Case("int8", 1, 4, sq=96, sk=160, dim=32, quant=Quant()),
+    Case("int8", 2, 4, sq=96, sk=96, dim=64, quant=Quant(sign_s=-1), mode=2, k_lens=(96, 41)),
+    Case("int8", 1, 4, sq=96, sk=160, dim=32, quant=Quant(out="channel", offset=True), mode=2),
+    Case("bf16", 1, 4, sq=96, sk=160, dim=32, quant=Quant(out="tensor"), mode=3),
+    Case("bf16", 1, 4, sq=64, sk=0, dim=32),
+]
+WAYS = [
+    ("ring", "contiguous"),
+    ("ring", "zigzag"),
+    ("all_gather", "contiguous"),
+    ("all_gather", "zigzag"),
+    ("ulysses", "zigzag"),
+]
+
+
+def runs() -> list[tuple[Case, str, str]]:
+    return [(case, *way) for case in CASES for way in WAYS]
+
+
+def sharded(call: Call, order: str) -> Call:
+    """The rank's rows of everything that has rows."""
+    axis = 2 if call.layout.startswith("BNSD") else 1
+    args = [shard_sequence(x, axis, order=order) for x in call.args]
+    options = dict(call.options)
+    rows = call.query.shape[axis]
+    for name in ("atten_mask", "pse_shift"):
+        if name == "pse_shift" or call.options.get("sparse_mode", 0) < 2:
+            x = options.get(name)
+            if x is not None:
+                options[name] = shard_sequence(x[..., :rows, :], x.dim() - 2, order=order)
+    return Call(*args, options)
+
+
+def run(case: Case, strategy: str, order: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and lse of the whole sequence."""
+    call = case.build()
+    own = sharded(call, order)
+    out, lse = context_parallel_forward(
+        *own.args, strategy=strategy, order=order, return_lse=True, **own.options
+    )
+    assert out.is_contiguous()
+    axis = 2 if call.layout == "BNSD" else 1
+    return unshard_sequence(out, axis, order=order), unshard_sequence(lse, 2, order=order)
+
+
+def causal_rings_have_the_bits_of_one_process() -> None:
+    """Merging the shards' parts in the ring's order, in one process."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    call = Case("bf16", 2, 4, sq=160, sk=160, dim=32, mode=2, layout="BSND").build()
+    own = sharded(call, "contiguous")
+    got = context_parallel_forward(*own.args, strategy="ring", **own.options)
+    rows = 160 // world
+    sums: torch.Tensor | None = None
+    for source in range(rank, -1, -1):
+        keys = slice(source * rows, (source + 1) * rows)
+        options = call.options | {"sparse_mode": 2 if source == rank else 0}
+        if source != rank:
+            options.pop("atten_mask")
+        part, part_lse = torch.ops.pfa.forward_lse.default(
+            own.query, call.key[:, keys], call.value[:, keys], **options
+        )
+        if sums is None:
+            sums, lse = part.float(), part_lse
+        else:
+            sums, lse = pfa.merge_states([sums, part], [lse, part_lse], input_layout="BSND")
+    assert sums is not None
+    assert torch.equal(got, sums.bfloat16())
+
+
+def ulysses_has_the_bits_of_one_process() -> None:
+    call = Case("fp16", 2, 4, sq=160, sk=160, dim=32, mode=3, k_lens=(160, 99)).build()
+    own = sharded(call, "zigzag")
+    got = context_parallel_forward(*own.args, strategy="ulysses", order="zigzag", **own.options)
+    whole = torch.ops.pfa.forward(*call.args, **call.options)
+    assert torch.equal(unshard_sequence(got, 2, order="zigzag"), whole)
+
+
+def lengths_in_tensors_are_lists() -> None:
+    call = Case("bf16", 2, 4, sq=96, sk=160, dim=32, mode=3, k_lens=(160, 31)).build()
+    own = sharded(call, "contiguous")
+    tensors = {"actual_seq_lengths_kv": torch.tensor([999, 31])}
+    got = context_parallel_forward(*own.args, **(own.options | tensors))
+    assert torch.equal(got, context_parallel_forward(*own.args, **own.options))
+
+
+def reports_count_what_was_sent() -> None:
+    """And that the plan knew it: bytes by the tensors that were sent, products by the mask."""
+    from pfa.distributed.plan import Rule, Shape, make_plan
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    call = Case("bf16", 2, 8, 4, sq=160, sk=160, dim=32, mode=2, layout="BSND").build()
+    pairs = int(reference.parts(*call.args, **call.options).visible.sum())
+    shape, rule = Shape(2, 8, 4, 160, 160, 32), Rule((160, 160), (160, 160), hi=0)
+    for strategy, order in WAYS:
+        own = sharded(call, order)
+        report: list[StepReport] = []
+        context_parallel_forward(
+            *own.args, strategy=strategy, order=order, report=report, **own.options
+        )
+        plan = make_plan(shape, rule, world, rank, strategy, order)
+        assert [x.flops for x in report] == [x.flops for x in plan]
+        assert sum(x.received_bytes for x in report) == sum(x.received_bytes for x in plan)
+        flops = torch.tensor(sum(x.flops for x in report))
+        most = flops.clone()
+        dist.all_reduce(flops)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        assert flops == 4 * pairs * 32
+        if order == "zigzag" and strategy != "ulysses":
+            assert most * world <= 1.01 * flops  # all ranks have the same work
+
+
+def windows_end_the_ring_early() -> None:
+    call = Case("bf16", 1, 4, sq=320, sk=320, dim=32, mode=4, pre=30, nxt=0).build()
+    own = sharded(call, "contiguous")
+    report: list[StepReport] = []
+    context_parallel_forward(*own.args, strategy="ring", report=report, **own.options)
+    assert len(report) == 2  # of its own keys and of the rank before
+
+
+def expect(kind: type[Exception], text: str, **changes: object) -> None:
+    call = Case("bf16", 1, 4, sq=64, sk=64, dim=32, layout="BSND").build()
+    own = sharded(call, "contiguous")
+    options = own.options | changes
+    args = [options.pop(n, x) for n, x in zip(("query", "key", "value"), own.args, strict=True)]
+    try:
+        context_parallel_forward(*args, **options)
+    except kind as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+
+def bad_arguments_are_refused_on_every_rank() -> None:
+    x = torch.zeros(1, 16, 4, 32).bfloat16()
+    last = dist.get_rank() == dist.get_world_size() - 1
+    world = dist.get_world_size()
+    expect(ValueError, "key must have num_key_value_heads = 3 heads", num_key_value_heads=3)
+    expect(TypeError, "query must have dtype", query=x.float())
+    expect(NotImplementedError, "sparse_mode", sparse_mode=7)
+    expect(ValueError, "actual_seq_lengths must lie", actual_seq_lengths=[65])
+    expect(ValueError, "strategy must be one of", strategy="tree")
+    expect(ValueError, "order must be one of", order="random")
+    odd = torch.zeros(1, 7, 4, 32).bfloat16()
+    expect(ValueError, "query must have an even number of rows", order="zigzag", query=odd)
+    three = torch.zeros(1, 16, 3, 32).bfloat16()
+    named = {"query": three, "key": three, "value": three, "num_heads": 3}
+    expect(ValueError, f"multiples of the number of ranks {world}", strategy="ulysses", **named)
+    expect(RuntimeError, "query requires grad", query=x.clone().requires_grad_())
+    text = "scale_value must be the same on all ranks, got 0.5 on rank 0 and 0.25 on rank "
+    expect(ValueError, f"{text}{world - 1}", scale_value=0.25 if last else 0.5)
+    text = "query must be the same on all ranks, got bfloat16 of shape"
+    expect(ValueError, text, query=x[:, : 3 if last else 4])
+    if last:
+        expect(ValueError, "num_heads must be positive", num_heads=0)
+    else:
+        expect(RuntimeError, f"rank {world - 1} refused its arguments: pfa.forward: num_heads")
+
+
+def a_slow_rank_ends_in_errors() -> None:
+    group = dist.new_group(timeout=datetime.timedelta(seconds=SECONDS))
+    last = dist.get_rank() == dist.get_world_size() - 1
+    call = sharded(Case("bf16", 1, 4, sq=64, sk=64, dim=32).build(), "contiguous")
+    if last:
+        time.sleep(SECONDS + 1)
+    start = time.monotonic()
+    try:
+        context_parallel_forward(*call.args, group=group, **call.options)
+    except RuntimeError as error:
+        assert f"rank {dist.get_rank()} of {dist.get_world_size()} failed while" in str(error)
+    else:
+        raise AssertionError("no error")
+    assert time.monotonic() - start < SECONDS + 1.5
+
+
+def a_killed_rank_ends_in_errors() -> None:
+    """The last rank ends before it sends anything, without a word."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    call = sharded(Case("bf16", 1, 4, sq=64, sk=64, dim=32).build(), "contiguous")
+    if last:
+        exchange.Peers.start_ring = lambda *args: os._exit(9)
+    start = time.monotonic()
+    try:
+        context_parallel_forward(*call.args, strategy="ring", **call.options)
+    except RuntimeError as error:
+        assert f"rank {dist.get_rank()} of {dist.get_world_size()} failed while" in str(error)
+        assert "of the ring" in str(error)
+    else:
+        raise AssertionError("no error")
+    assert time.monotonic() - start < 10
+
+
+CHECKS: list[Callable[[], None]] = [
+    causal_rings_have_the_bits_of_one_process,
+    ulysses_has_the_bits_of_one_process,
+    lengths_in_tensors_are_lists,
+    reports_count_what_was_sent,
+    windows_end_the_ring_early,
+    bad_arguments_are_refused_on_every_rank,
+    a_slow_rank_ends_in_errors,
+    a_killed_rank_ends_in_errors,  # the last one
+]
+
+
+class Outcome(NamedTuple):
+    """Of a run: an error's text or nothing, and on rank 0 output and lse."""
+
+    text: str
+    out: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+
+
+def run_rank(rank: int, world: int, folder: pathlib.Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world)
+    wait = datetime.timedelta(seconds=10)
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=store, timeout=wait)
+    outcomes = []
+    for parts in runs():
+        try:
+            outcome = Outcome("", *run(*parts))
+        except Exception as error:
+            outcome = Outcome(f"{type(error).__name__}: {error}")
+        outcomes.append(tuple(outcome if rank == 0 else outcome[:1]))
+    texts: dict[str, str] = {}
+    for check in CHECKS:
+        torch.save((outcomes, texts), folder / f"{rank}.pt")
+        try:
+            check()
+            texts[check.__name__] = ""
+        except Exception as error:
+            texts[check.__name__] = f"{type(error).__name__}: {error}"
+    torch.save((outcomes, texts), folder / f"{rank}.pt")
+
+
+def main() -> None:
+    world, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+    children = []
+    for rank in range(world):  # they share what has been imported; no thread has been started
+        child = os.fork()
+        if child == 0:
+            run_rank(rank, world, folder)
+            os._exit(0)  # the group of a dead rank cannot be closed
+        children.append(child)
+    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
