@@ -23,6 +23,8 @@ import reference
 import torch
 import torch.distributed as dist
 from inputs import Call, Case, Mask, Pse, Quant
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import pfa
 from pfa.distributed import (
@@ -169,6 +171,81 @@ def windows_end_the_ring_early() -> None:
     assert len(report) == 2  # of its own keys and of the rank before
 
 
+def dtensors_equal_one_process() -> None:
+    """Sharded along batch, heads and both; what does not fit yet is redistributed."""
+    world = dist.get_world_size()
+    meshes = {
+        "batch": (init_device_mesh("cpu", (world,)), [Shard(0)]),
+        "heads": (init_device_mesh("cpu", (world,)), [Shard(-1)]),
+        "both": (init_device_mesh("cpu", (world // 2, 2)), [Shard(0), Shard(-1)]),
+        "neither": (init_device_mesh("cpu", (world,)), [Replicate()]),
+    }
+    cases = [
+        Case("bf16", 3, 8, 4, sq=24, sk=40, dim=16, mode=3, k_lens=(40, 3, 17), layout="BSND"),
+        Case("fp16", 2, 4, sq=24, sk=40, dim=16, mask=Mask(batched=True), pse=Pse(batched=True)),
+        Case("fp16", 2, 4, sq=24, sk=40, dim=16, mask=Mask(2), mode=1, pse=Pse(), layout="BSH"),
+        Case("bf16", 1, 4, sq=24, sk=40, dim=16, mode=2, quant=Quant(out="channel", offset=True)),
+        Case("int8", 4, 4, sq=24, sk=40, dim=16, quant=Quant(), layout="BNSD_BSND", q_lens=(9,)),
+    ]
+    for case in cases:
+        call = case.build()
+        heads = 1 if call.layout.startswith("BNSD") else 2
+        for mesh, where in meshes.values():
+            own = [Shard(heads) if x == Shard(-1) else x for x in where]
+            q = distribute_tensor(call.query, mesh, own)
+            k, v = (distribute_tensor(x, mesh, [Replicate()] * mesh.ndim) for x in call.args[1:])
+            options = dict(call.options)
+            if "pse_shift" in options and call.layout == "BSH":
+                replicated = [Replicate()] * mesh.ndim
+                options["pse_shift"] = distribute_tensor(options["pse_shift"], mesh, replicated)
+            out, lse = torch.ops.pfa.forward_lse.default(q, k, v, **options)
+            out_heads = 1 if call.layout == "BNSD" else 2
+            assert [p.dim for p in out.placements if p.is_shard()] == [
+                out_heads if p.dim == heads else 0 for p in own if p.is_shard()
+            ]
+            want, want_lse = torch.ops.pfa.forward_lse.default(*call.args, **call.options)
+            assert torch.equal(out.full_tensor(), want)
+            assert torch.equal(lse.full_tensor(), want_lse)
+            assert torch.equal(
+                pfa.prompt_flash_attention(q, k, v, **options).to_local(), out.to_local()
+            )
+
+
+def dtensors_compile_and_take_lengths_in_tensors() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x = distribute_tensor(torch.randn(4, 8, 4, 16).half(), mesh, [Shard(0)])
+    lengths = torch.tensor([1, 2, 3, 8])
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        options = {"num_heads": 4, "input_layout": "BSND", "actual_seq_lengths_kv": lengths}
+        return torch.ops.pfa.forward.tensor_lens(x, x, x, **options)
+
+    out = torch.compile(attend, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(out.to_local(), attend(x).to_local())
+    whole = attend(x.full_tensor())
+    assert torch.equal(out.full_tensor(), whole)
+
+
+def dtensors_that_do_not_fit_are_refused() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x = torch.zeros(2, 8, 4, 16).half()
+    rows = distribute_tensor(x, mesh, [Shard(1)])
+    heads = distribute_tensor(x, mesh, [Shard(2)])
+    options = {"num_heads": 4, "input_layout": "BSND"}
+    few = options | {"num_key_value_heads": 1}
+    for args, given, text in [
+        ((rows, rows, rows), options, "sharded along its batch or its heads"),
+        ((heads, x, heads), options, "key must be a DTensor"),
+        ((heads, heads, heads), few, "num_key_value_heads must be a multiple of"),
+    ]:
+        try:
+            torch.ops.pfa.forward(*args, **given)
+        except ValueError as error:
+            assert text in str(error), error
+        else:
+            raise AssertionError("no error")
+
+
 def expect(kind: type[Exception], text: str, **changes: object) -> None:
     call = Case("bf16", 1, 4, sq=64, sk=64, dim=32, layout="BSND").build()
     own = sharded(call, "contiguous")
@@ -247,6 +324,9 @@ CHECKS: list[Callable[[], None]] = [
     lengths_in_tensors_are_lists,
     reports_count_what_was_sent,
     windows_end_the_ring_early,
+    dtensors_equal_one_process,
+    dtensors_compile_and_take_lengths_in_tensors,
+    dtensors_that_do_not_fit_are_refused,
     bad_arguments_are_refused_on_every_rank,
     a_slow_rank_ends_in_errors,
     a_killed_rank_ends_in_errors,  # the last one
