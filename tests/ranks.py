@@ -206,9 +206,8 @@ def dtensors_equal_one_process() -> None:
             want, want_lse = torch.ops.pfa.forward_lse.default(*call.args, **call.options)
             assert torch.equal(out.full_tensor(), want)
             assert torch.equal(lse.full_tensor(), want_lse)
-            assert torch.equal(
-                pfa.prompt_flash_attention(q, k, v, **options).to_local(), out.to_local()
-            )
+            front = pfa.prompt_flash_attention(q, k, v, **options)
+            assert torch.equal(front.to_local(), out.to_local())
 
 
 def dtensors_compile_and_take_lengths_in_tensors() -> None:
@@ -220,10 +219,11 @@ def dtensors_compile_and_take_lengths_in_tensors() -> None:
         options = {"num_heads": 4, "input_layout": "BSND", "actual_seq_lengths_kv": lengths}
         return torch.ops.pfa.forward.tensor_lens(x, x, x, **options)
 
-    out = torch.compile(attend, fullgraph=True, backend="aot_eager")(x)
-    assert torch.equal(out.to_local(), attend(x).to_local())
     whole = attend(x.full_tensor())
-    assert torch.equal(out.full_tensor(), whole)
+    assert torch.equal(attend(x).full_tensor(), whole)
+    if dist.get_world_size() == 2:  # compiling takes each rank seconds
+        out = torch.compile(attend, fullgraph=True, backend="aot_eager")(x)
+        assert torch.equal(out.full_tensor(), whole)
 
 
 def dtensors_that_do_not_fit_are_refused() -> None:

@@ -43,9 +43,10 @@ class _Sharding:
         if type(placement) is Shard and placement.dim == self.heads_axis:
             return "heads"
         raise ValueError(
-            "pfa.forward: query must be a DTensor sharded along its batch or its heads (dimension 0 "
-            f"or {self.heads_axis} for input_layout {self.layout}), got {placement}: redistribute "
-            "it, or use pfa.distributed.context_parallel_forward for a sharded sequence"
+            "pfa.forward: query must be a DTensor sharded along its batch or its heads (dimension "
+            f"0 or {self.heads_axis} for input_layout {self.layout}), got {placement}: "
+            "redistribute it, or, for a sharded sequence, use "
+            "pfa.distributed.context_parallel_forward"
         )
 
     def placements(self, *, batch: int | None, heads: int | None) -> list[Placement]:
@@ -139,11 +140,9 @@ def _local_options(options: dict[str, Any], sharding: _Sharding) -> dict[str, An
 def _lengths(name: str, x: Any, sharding: _Sharding) -> Any:
     if isinstance(x, DTensor):
         x = _to_local(name, x, sharding, sharding.placements(batch=None, heads=None))
-    return (
-        x
-        if x is None or len(x) <= 1
-        else x[: sharding.batch][sharding.part("batch", sharding.batch)]
-    )
+    if x is None or len(x) <= 1:
+        return x
+    return x[: sharding.batch][sharding.part("batch", sharding.batch)]
 
 
 def _local_tensor(name: str, x: torch.Tensor, heads: int, sharding: _Sharding) -> torch.Tensor:
