@@ -22,6 +22,7 @@ COMMANDS = {
     "single_op": ["--device", "cpu"],
     "llama_prefill": ["--rows", "96", "--repeats", "1"],
     "vit_blocks": ["--repeats", "1"],
+    "long_prompt": ["--tokens", "8192", "--chunk", "1000", "--block", "3000"],
     "quantise_int8": ["--calibrate", "4", "--texts", "4"],
 }
 SERVED = {"minilm", "serve_minilm"}  # make demo; the tests below
@@ -44,6 +45,24 @@ def test_example(name: str, arguments: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "error" in done.stdout
+
+
+def test_long_prompt_goes_on_where_it_stopped(tmp_path: pathlib.Path) -> None:
+    arguments = ["--tokens", "2048", "--chunk", "500", "--folder", str(tmp_path)]
+    for more, text in (
+        (["--stop-after", "2"], "stopped after chunk 2 of 5"),
+        ([], "going on at chunk 3 of 5"),
+    ):
+        done = subprocess.run(
+            command("long_prompt", *arguments, *more),
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert text in done.stdout
+    assert "largest error" in done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -169,14 +169,15 @@ class _Runner:
             everything = own.new_empty((peers.size, *own.shape))
             return peers.start_gather(own, everything), everything
 
-        under_way, coming = start(plan[0])
+        under_way, came = start(plan[0])
         for i, step in enumerate(plan):
-            here, done = coming, StepReport(0)
+            done = StepReport(0)
             what = f"gathering keys and values of heads {step.heads[0]} to {step.heads[1] - 1}"
-            self._finish(under_way, what, done, here.nbytes - here[0].nbytes)
+            self._finish(under_way, what, done, came.nbytes - came[0].nbytes)
+            k, v = place(came, 2, self._order)
+            del came  # two steps' keys in memory, not three
             if i + 1 < len(plan):
-                under_way, coming = start(plan[i + 1])
-            k, v = place(here, 2, self._order)
+                under_way, came = start(plan[i + 1])
             self._compute(step, call.q, (k, v), sums, lse, done)
         return sums, lse
 
