@@ -326,6 +326,10 @@ def measure(rows: int, repeats: int) -> list[dict[str, Any]]:
     return found
 
 
+def size_text(seqlen: int) -> str:
+    return f"{seqlen >> 20}M" if seqlen >= 2**20 else f"{seqlen >> 10}k"
+
+
 def draw(result: dict[str, Any], out: Path) -> None:
     matplotlib.use("Agg")
     pyplot.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
@@ -349,9 +353,10 @@ def draw(result: dict[str, Any], out: Path) -> None:
                 if crosses:
                     axes.plot(*zip(*crosses, strict=True), "x", color="black", label="over 80 GB")
             axes.set_xscale("log", base=2)
+            axes.set_xticks(GPUS[::2], [str(world) for world in GPUS[::2]])
             axes.set_ylim(0, 102)
             axes.axhline(90, color="#cccccc", linewidth=0.6, zorder=0)
-            axes.set_title(f"S = {seqlen // 2**10}k, {heads_k} kv heads")
+            axes.set_title(f"S = {size_text(seqlen)}, {heads_k} kv heads")
     grid[0][0].set_ylabel("modelled efficiency, %")
     grid[1][0].set_ylabel("modelled efficiency, %")
     for axes in grid[-1]:
@@ -397,7 +402,7 @@ def print_tables(result: dict[str, Any]) -> None:
                 cells.append(
                     "-" if row is None else f"{row['strategy']} {row['modelled_efficiency']:.0%}"
                 )
-            best.add_row(f"{seqlen // 2**10}k, {heads_k}", *cells)
+            best.add_row(f"{size_text(seqlen)}, {heads_k}", *cells)
     console.print(best)
 
 

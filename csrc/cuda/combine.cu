@@ -58,6 +58,7 @@ __global__ void combine_kernel(const __grid_constant__ Params p) {
   const float sum = warp_sum(weight * stats.y);
   const bool has_key = valid && sum != 0.0f;
   const float share = has_key ? weight / sum : 0.0f;
+  if (p.lse != nullptr && lane == 0) store_lse(p, row, valid, base, sum, score_unit(p));
   char* out = layout::Strided::rows(p.out, b, head, i);
   const float* parts = p.split.out + row * p.split.count * p.split.channels;
   for (int first = 0; first < p.head_dim; first += kWarp) {

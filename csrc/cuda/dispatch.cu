@@ -145,6 +145,7 @@ Params base_params(const Problem& p) {
   params.k = strided(p.k, p, p.num_heads_k, p.seqlen_k, p.dtype);
   params.v = strided(p.v, p, p.num_heads_k, p.seqlen_k, p.dtype);
   params.out = strided(p.out, p, p.num_heads, p.seqlen_q, p.dtype_out);
+  params.lse = p.lse;
   params.dtype_out = p.dtype_out;
   params.batch = p.batch;
   params.seqlen_q = p.seqlen_q;

@@ -63,6 +63,7 @@ struct SplitParams {
 struct Params {
   StridedTensor q, k, v;  // the data of k and v is never written
   StridedTensor out;
+  float* lse = nullptr;  // (batch, num_heads, seqlen_q), or null: not wanted
   DType dtype_out = DType::kFloat16;
   int64_t batch = 0;
   int64_t seqlen_q = 0;

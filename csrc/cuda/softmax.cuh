@@ -8,6 +8,7 @@
 #pragma once
 
 #include "fragment.cuh"
+#include "params.h"
 #include "sm80/ptx.cuh"
 
 namespace pfa::cuda {
@@ -22,6 +23,19 @@ __device__ __forceinline__ float quad_max(float x) {
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Of a row whose statistics are final: natural logarithm of the sum of exp(score). lg2.approx is
+// off by at most 2^-22.
+__device__ __forceinline__ float log_sum_exp(float row_max, float row_sum, float unit) {
+  constexpr float kLn2 = 0.693147181f;
+  return row_sum == 0.0f ? -kInfinity : fmaf(row_max, unit, __log2f(row_sum)) * kLn2;
+}
+
+// Row: of (batch, num_heads, seqlen_q).
+__device__ __forceinline__ void store_lse(const Params& p, int64_t row, bool is_valid,
+                                          float row_max, float row_sum, float unit) {
+  p.lse[row] = is_valid ? log_sum_exp(row_max, row_sum, unit) : -kInfinity;
 }
 
 template <int kMmaM>

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from .. import _library
 from ..api import _COMPRESSED_MODES, _compressed_mask, _typed
 from .plan import FAR, ORDERS, STRATEGIES, Rule, Shape
 
@@ -203,7 +202,3 @@ def _stand_in(x: Any, axis: int = -1, factor: int = 1) -> Any:
     if 0 <= axis < len(shape):
         shape[axis] *= factor
     return torch.empty(1, dtype=x.dtype).expand(shape) if shape else torch.empty((), dtype=x.dtype)
-
-
-def require_operator() -> None:
-    _library.require()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import _library
 from ..api import _compressed_mask
 from ..merge import merge_states
 from . import call as calls
@@ -82,7 +83,7 @@ def context_parallel_forward(
     RuntimeError
         Another rank failed, or was slower than the group's timeout.
     """
-    calls.require_operator()
+    _library.require()
     peers = Peers(group)
     settings = {"strategy": strategy, "order": order}
     error: Exception | None = None

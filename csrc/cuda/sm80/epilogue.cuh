@@ -26,6 +26,7 @@ class Epilogue {
     mainloop.softmax.finalise();
     __syncthreads();  // nobody reads shared memory any more
     epilogue.exchange(sums);
+    if (p.lse != nullptr) epilogue.keep_maxima(mainloop);
     if (p.split.count > 1) {
       epilogue.store_split(mainloop, second);
     } else if (p.dtype_out == DType::kInt8) {
@@ -39,6 +40,7 @@ class Epilogue {
       __syncthreads();
       epilogue.template copy<2>(second);
     }
+    if (p.lse != nullptr && p.split.count == 1) epilogue.store_lse(second);
   }
 
  private:
@@ -87,11 +89,47 @@ class Epilogue {
     }
   }
 
-  [[nodiscard]] __device__ bool is_number(int row) const {
+  // As exchange left it.
+  [[nodiscard]] __device__ float sum_of(int row) const {
     const auto* stats = reinterpret_cast<const float*>(shared_ + T::kStats);
-    float sum = stats[row];
-    if constexpr (T::kWarpsN > 1) sum += stats[T::kBlockM + row];
+    return T::kWarpsN == 1 ? stats[row] : stats[row] + stats[T::kBlockM + row];
+  }
+  [[nodiscard]] __device__ bool is_number(int row) const {
+    const float sum = sum_of(row);
     return sum == sum;
+  }
+
+  [[nodiscard]] __device__ float row_max(const Mainloop<T>& mainloop, int m, int r) const {
+    return mainloop.softmax.row_max[m][r] - ScoreStep<T>::offset(p_);
+  }
+
+  // Beyond staged rows and scales.
+  [[nodiscard]] __device__ float* maxima() const {
+    constexpr int kAt = T::kBias - T::kBlockM * int{sizeof(float)};
+    static_assert(T::kBlockM * T::kHeadDim * 2 <= kAt);
+    return reinterpret_cast<float*>(shared_ + kAt);
+  }
+
+  __device__ void keep_maxima(const Mainloop<T>& mainloop) const {
+#pragma unroll
+    for (int m = 0; m < T::kMmaM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (lane() % 4 == 0 && warp_n() == 0) maxima()[row_of(m, r)] = row_max(mainloop, m, r);
+      }
+    }
+  }
+
+  // From what lies in shared memory: the accumulators leave no registers for it.
+  __device__ void store_lse(bool second) const {
+    static_assert(T::kThreads >= T::kBlockM);
+    const int row = thread_;
+    const int64_t at = sequence_.row_begin + row;
+    if (row >= T::kBlockM || at >= p_.seqlen_q) return;
+    const float sum = sum_of(row);
+    if (second && sum != sum) return;
+    const int64_t first = (block_.b * p_.num_heads + block_.head) * p_.seqlen_q;
+    pfa::cuda::store_lse(p_, first + at, row < sequence_.rows, maxima()[row], sum, score_unit(p_));
   }
 
   template <int kOutBytes>
@@ -195,7 +233,7 @@ class Epilogue {
             ((block_.b * p_.num_heads + block_.head) * p_.seqlen_q + sequence_.row_begin + row) *
                 p_.split.count +
             block_.split;
-        if (lane() % 4 == 0) p_.split.stats[at] = make_float2(mainloop.softmax.row_max[m][r], sum);
+        if (lane() % 4 == 0) p_.split.stats[at] = make_float2(row_max(mainloop, m, r), sum);
         float* out = p_.split.out + at * T::kHeadDim;
 #pragma unroll
         for (int run = 0; run < kRuns; ++run) {

@@ -24,6 +24,12 @@ class ScoreStep {
   __device__ ScoreStep(const Params& p, const Warp<T>& warp)
       : warp_(warp), scale_(real_scale(p)), unit_(pfa::cuda::score_unit(p)) {}
 
+  // What the scores are too large by.
+  __device__ static float offset(const Params& p) {
+    if constexpr (!kMagicSums || T::kHasBias) return 0.0f;
+    return real_scale(p) < 0.0f ? -kMagic : kMagic;
+  }
+
   // What one unit of the scores is worth in powers of two.
   [[nodiscard]] __device__ float unit() const { return unit_; }
 

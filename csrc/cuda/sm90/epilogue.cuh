@@ -45,6 +45,11 @@ class Epilogue {
     const bool is_written = row < p_.seqlen_q && !(second && sum != sum);
     const bool is_odd = lane_ % 2 != 0;
     const int channel = first_channel<T>() + (is_odd ? 8 : 0) + lane_ / 2 % 2 * 4;
+    if (p_.lse != nullptr && is_written && lane_ % 4 == 0 && first_channel<T>() == 0) {
+      store_lse(p_, (int64_t{work_.b} * p_.num_heads + work_.head) * p_.seqlen_q + row,
+                row_of(r) < work_.sequence.rows, consumer.softmax.row_max[0][r], sum,
+                p_.score_unit);
+    }
     char* out = p_.out.data + work_.b * p_.out.batch + work_.head * p_.out.head + row * p_.out.row +
                 channel * Element::kBytes;
 #pragma unroll
