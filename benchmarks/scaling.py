@@ -177,7 +177,7 @@ def memory_bytes(shape: Shape, strategy: str, world: int, plan: tuple[Step, ...]
         return own + 4 * rows + 2 * (2 * keys)
     if strategy == "ulysses":
         return own + 2 * (2 * (rows + keys) + rows)
-    group = max(step.received_bytes for step in plan) * world // max(world - 1, 1)
+    group = max(step.received_bytes for step in plan) * world // (world - 1)
     return own + 2 * group
 
 

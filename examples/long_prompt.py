@@ -140,7 +140,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
             files.finish_chunk()
             progress.update(bar, completed=pairs(files.done))
     if files.done < chunks:
-        print(f"stopped after chunk {files.done} of {chunks}")
+        print(f"stopped after chunk {files.done} of {chunks}, {resident_mib():.0f} MiB resident")
         return
     size = sum(x.nbytes for x in (files.k, files.v, files.out)) / 2**20
     error = largest_error(files, tokens, chunk)

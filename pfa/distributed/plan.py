@@ -17,7 +17,10 @@ from typing import Any
 STRATEGIES = ("ring", "all_gather", "ulysses")
 ORDERS = ("contiguous", "zigzag")
 FAR = 2**62  # farther than any sequence is long, with room to add two of them in 64 bits
-HEAD_GROUPS = 8  # steps of all_gather, of which only the first waits for its keys
+# Steps of all_gather, of which only the first waits for its keys. More of them need less memory, as
+# long as each has this many rows of queries, all heads together: 8 blocks for each of a GPU's SMs.
+LEAST_STEPS = 8
+ROWS_PER_STEP = 2**17
 
 
 @dataclass(frozen=True)
@@ -251,9 +254,10 @@ def _ring(shape: Shape, rule: Rule, world: int, rank: int, order: str) -> list[S
     return steps
 
 
-def head_groups(shape: Shape) -> list[tuple[int, int]]:
+def head_groups(shape: Shape, world: int) -> list[tuple[int, int]]:
     """Query heads of the steps of all_gather: whole groups that share their keys."""
-    count = min(HEAD_GROUPS, shape.num_heads_k)
+    rows = shape.batch * shape.num_heads * (shape.seqlen_q // world)
+    count = min(max(LEAST_STEPS, rows // ROWS_PER_STEP), shape.num_heads_k)
     group = shape.num_heads // shape.num_heads_k
     bounds = [shape.num_heads_k * i // count * group for i in range(count + 1)]
     return list(zip(bounds[:-1], bounds[1:], strict=True))
@@ -264,7 +268,7 @@ def _all_gather(shape: Shape, rule: Rule, world: int, rank: int, order: str) -> 
     everything = (Chunk(0, 0, shape.seqlen_k),)
     works = make_works(rule, chunks(shape.seqlen_q, world, rank, order), everything)
     steps = []
-    for i, heads in enumerate(head_groups(shape)):
+    for i, heads in enumerate(head_groups(shape, world)):
         first, last = key_heads(shape, heads)
         whole = 2 * shape.batch * (last - first) * shape.seqlen_k * _row_bytes(shape)
         came = whole // world * (world - 1)

@@ -103,10 +103,11 @@ class Epilogue {
     return mainloop.softmax.row_max[m][r] - ScoreStep<T>::offset(p_);
   }
 
-  // Beyond staged rows and scales.
+  // Beyond staged rows and scales: where P was, or V ended.
   [[nodiscard]] __device__ float* maxima() const {
-    constexpr int kAt = T::kBias - T::kBlockM * int{sizeof(float)};
-    static_assert(T::kBlockM * T::kHeadDim * 2 <= kAt);
+    constexpr int kBytes = T::kBlockM * int{sizeof(float)};
+    constexpr int kAt = T::kWarpsN > 1 ? T::kP : T::kBias - kBytes;
+    static_assert(T::kBlockM * T::kHeadDim * 2 <= kAt && kAt + kBytes <= T::kStats);
     return reinterpret_cast<float*>(shared_ + kAt);
   }
 
