@@ -61,7 +61,6 @@ CASES = [
 WAYS = [
     ("ring", "contiguous"),
     ("ring", "zigzag"),
-    ("all_gather", "contiguous"),
     ("all_gather", "zigzag"),
     ("ulysses", "zigzag"),
 ]
