@@ -12,7 +12,7 @@ namespace pfa {
 // computed then.
 Tensor forward(const Arguments& args);
 
-// What the CUDA backend would run: "kernel;block_m;block_n;num_splits", for tests and reports.
+// What forward would run, as choice_of in backend.h says it: for tests and reports.
 std::string choice(const Arguments& args);
 
 }  // namespace pfa

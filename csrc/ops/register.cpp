@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../cpu/forward.h"
+#include "backend_cuda.h"
 #include "operator.h"
 
 #define PFA_SCHEMA(name, lengths)                                                               \
@@ -78,8 +79,13 @@ void boxed_cpu_isa(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_ou
   stack[0] = from(bytes_of(cpu::isa()));
 }
 
+// Three lines: instruction sets, architectures, CUDA kernels.
+void boxed_contents(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
+  stack[0] = from(bytes_of(cpu::isas() + "\n" + cuda_contents()));
+}
+
 template <Lengths (*kTakeLengths)(StableIValue)>
-void boxed_cuda_choice(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
+void boxed_choice(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
   const Arguments args = take_arguments<kTakeLengths>(stack);
   stack[0] = from(bytes_of(choice(args)));
 }
@@ -90,8 +96,9 @@ STABLE_TORCH_LIBRARY(pfa, m) {
   m.def(PFA_SCHEMA("forward", "SymInt[]?"));
   m.def(PFA_SCHEMA("forward.tensor_lens", "Tensor?"));
   m.def("_cpu_isa() -> Tensor");
-  m.def(PFA_SCHEMA("_cuda_choice", "SymInt[]?"));
-  m.def(PFA_SCHEMA("_cuda_choice.tensor_lens", "Tensor?"));
+  m.def("_contents() -> Tensor");
+  m.def(PFA_SCHEMA("_choice", "SymInt[]?"));
+  m.def(PFA_SCHEMA("_choice.tensor_lens", "Tensor?"));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pfa, CPU, m) {
@@ -107,8 +114,9 @@ STABLE_TORCH_LIBRARY_IMPL(pfa, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pfa, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", &boxed_cpu_isa);
-  m.impl("_cuda_choice", &boxed_cuda_choice<take_list>);
-  m.impl("_cuda_choice.tensor_lens", &boxed_cuda_choice<take_lengths_tensor>);
+  m.impl("_contents", &boxed_contents);
+  m.impl("_choice", &boxed_choice<take_list>);
+  m.impl("_choice.tensor_lens", &boxed_choice<take_lengths_tensor>);
 }
 
 }  // namespace pfa
