@@ -33,13 +33,19 @@ struct Kernels {
   KernelInfo (*info)(const Variant&);
   int (*blocks_per_sm)(const Variant&, int device);
   void (*launch)(const Variant&, const Params&, int64_t blocks, int device, cudaStream_t);
+
+  // volatile, since g++ believes that no function template is absent, weak or not.
+  [[nodiscard]] bool built() const {
+    KernelInfo (*const volatile linked)(const Variant&) = info;
+    return linked != nullptr;
+  }
 };
 
-// Without functions where the library was built without them.
+// The smallest that is built, if there is one.
 template <size_t kCount>
 Kernels smallest_bucket(const std::array<Kernels, kCount>& buckets, int64_t head_dim) {
   const auto fits = [&](const Kernels& kernels) {
-    return head_dim <= kernels.head_dim && kernels.info != nullptr;
+    return head_dim <= kernels.head_dim && kernels.built();
   };
   const auto* found = std::find_if(buckets.begin(), buckets.end(), fits);
   return found == buckets.end() ? Kernels{} : *found;
@@ -144,7 +150,7 @@ std::string why_not_sm90([[maybe_unused]] const Problem& p) {
   // They count blocks and splits in 31 bits; a block has 64 rows or more.
   constexpr int64_t kMostBlocks = (int64_t{1} << 31) / kMaxSplits;
   if (p.batch * p.num_heads * ceil_div(p.seqlen_q, 64) >= kMostBlocks) return "too many blocks";
-  if (sm90_kernels(p).info == nullptr) return "built without it for this type and head_dim";
+  if (!sm90_kernels(p).built()) return "built without it for this type and head_dim";
   return sm90::why_not_mappable(base_params(p));
 #else
   return "built without 9.0a";
@@ -161,7 +167,7 @@ Kernels kernels_of(const Problem& problem, [[maybe_unused]] bool is_sm90) {
 // The only calls that a library lacks kernels for are those that whoever built it left out.
 void check_is_built(const Problem& problem, const Kernels& found) {
   std::string lacks;
-  if (found.info == nullptr) {
+  if (!found.built()) {
     constexpr std::array kNames{"float16", "bfloat16", "int8"};
     lacks = std::string(kNames[static_cast<size_t>(problem.dtype)]) + " of head_dim " +
             std::to_string(problem.head_dim);
@@ -172,8 +178,8 @@ void check_is_built(const Problem& problem, const Kernels& found) {
   } else {
     return;
   }
-  throw std::runtime_error("pfa was built without CUDA kernels for " + lacks + "; it has " +
-                           kernels());
+  throw std::runtime_error("pfa was built without CUDA kernels for " + lacks +
+                           ": python -m pfa.info shows those it has");
 }
 
 struct Plan {
@@ -330,7 +336,7 @@ std::string architectures() {
 std::string kernels() {
   std::string text;
   const auto add = [&text](const Kernels& found) {
-    if (found.info == nullptr) return;
+    if (!found.built()) return;
     const std::string name = std::string(found.family) + " " + found.element + " D" +
                              std::to_string(found.head_dim) + ";";
     if (text.find(name) == std::string::npos) text += name;
