@@ -44,6 +44,7 @@ DEFAULT_ARCH_FLAGS = [
 # With compute_90a among the architectures: csrc/cuda/sm90 is compiled, and used there.
 WITH_SM90A = "-DPFA_WITH_SM90A"
 OLDEST_ARCH = 80
+USUAL_CUDA_HOME = "/usr/local/cuda"
 
 
 def csrc() -> pathlib.Path:
@@ -90,7 +91,7 @@ def left_out(selection: Selection) -> list[pathlib.Path]:
             wanted = set()
         elif selection.head_dims is not None:
             wanted = {min(d for d in files if d >= dim) for dim in selection.head_dims}
-        unwanted += [path for dim, path in files.items() if dim not in wanted]
+        unwanted += [path for dim, path in sorted(files.items()) if dim not in wanted]
     return unwanted
 
 
@@ -101,12 +102,12 @@ def headers() -> list[pathlib.Path]:
 
 def find_cuda_home() -> str | None:
     """Return the first CUDA toolkit with a compiler: CUDA_HOME, CUDA_PATH, the one of the nvcc on
-    PATH, /usr/local/cuda, the package nvidia-cuda-nvcc."""
+    PATH, /usr/local/cuda, the one that pip installed."""
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     on_path = shutil.which("nvcc")
     if on_path is not None:
         candidates.append(str(pathlib.Path(on_path).resolve().parent.parent))
-    candidates.append("/usr/local/cuda")
+    candidates.append(USUAL_CUDA_HOME)
     packages = importlib.util.find_spec("nvidia")
     for folder in (packages and packages.submodule_search_locations) or []:
         candidates += sorted(str(p.parent.parent) for p in pathlib.Path(folder).glob("*/bin/nvcc"))
@@ -118,9 +119,10 @@ def find_cuda_home() -> str | None:
     return None
 
 
+# The meta-package pins parts that fit each other; nvidia-cuda-nvcc alone takes the latest of some.
 NVCC_MISSING = (
-    "nvcc was not found: set CUDA_HOME, put nvcc on PATH, or install the packages "
-    "nvidia-cuda-nvcc, nvidia-cuda-runtime and nvidia-cuda-cccl"
+    "nvcc was not found: set CUDA_HOME, put nvcc on PATH, or pip install "
+    '"cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.*"'
 )
 
 
