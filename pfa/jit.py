@@ -39,12 +39,12 @@ def flags(*, with_cuda: bool = True) -> dict[str, Any]:
     """Return the arguments of ``torch.utils.cpp_extension.load`` that the files need.
 
     With CUDA kernels that function also needs a torch with CUDA and finds nvcc by CUDA_HOME;
-    :func:`load` wants neither.
+    ``load`` wants neither.
 
     Parameters
     ----------
     with_cuda : bool
-        As for :func:`sources`.
+        As for ``sources``.
 
     Raises
     ------
