@@ -12,7 +12,6 @@ from . import _library
 
 _COMPRESSED_MODES = (2, 3, 4)
 _COMPRESSED_SIZE = 2048
-_UNLIMITED = 2147483647
 
 
 def prompt_flash_attention(
@@ -31,7 +30,7 @@ def prompt_flash_attention(
     quant_offset2: torch.Tensor | None = None,
     num_heads: int = 1,
     scale_value: float = 1.0,
-    pre_tokens: int = _UNLIMITED,
+    pre_tokens: int = 2147483647,
     next_tokens: int = 0,
     input_layout: str = "BSH",
     num_key_value_heads: int = 0,

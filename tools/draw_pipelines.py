@@ -160,9 +160,9 @@ def pipeline_sm90() -> plt.Figure:
         bars += [(t + 1.2, 0.7, "store", SEND), (t + 1.9, 1.2, "P' 0", SOFTMAX)]
         lanes[lane] = bars
     notes = (
-        "Tiles 0, 1, 2 of one block of work, ' of the next. Both products of a pair S, PV are under\n"
-        "way at once. While one warpgroup computes a softmax, the other multiplies. The next block\n"
-        "begins before the sums of this one are stored."
+        "Tiles 0, 1, 2 of one block of work, ' of the next. Both products of a pair S, PV are\n"
+        "under way at once. While one warpgroup computes a softmax, the other multiplies.\n"
+        "The next block begins before the sums of this one are stored."
     )
     return timeline(lanes, {**LEGEND, "divide, store": SEND}, 2.7, notes)
 
