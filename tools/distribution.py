@@ -57,6 +57,10 @@ def check(sdist: pathlib.Path, wheel: pathlib.Path) -> list[str]:
     missing = sorted(tracked_files() - files_of(sdist))
     if missing:
         sys.exit(f"{sdist.name} lacks {', '.join(missing)}: see MANIFEST.in")
+    sources = {f"pfa/{name}" for name in tracked_files() if name.startswith("csrc/")}
+    missing = sorted(sources - set(zipfile.ZipFile(wheel).namelist()))
+    if missing:
+        sys.exit(f"{wheel.name} lacks {', '.join(missing)}, which pfa.jit needs: see setup.py")
     unstable = unstable_symbols(wheel)
     if unstable:
         sys.exit(f"{wheel.name} needs symbols outside the stable ABI: {', '.join(unstable[:5])}")
