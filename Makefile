@@ -65,7 +65,8 @@ dev: $(BUILT)  ## .venv with the tools and an importable, editable pfa
 docs: $(BUILT)  ## build the site into build/site; fails on dead links and on pictures that are not current
 	@PYTHONPATH=. $(RUN) tools/draw_masks.py --check
 	@PYTHONPATH=. $(RUN) tools/draw_pipelines.py --check
-	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict > build/docs.log 2>&1 || \
+	  { grep -v ^INFO build/docs.log; exit 1; }
 	@echo "build/site/index.html"
 
 pictures: $(BUILT)  ## draw docs/pictures again
