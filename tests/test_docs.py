@@ -6,6 +6,7 @@ from __future__ import annotations
 import pathlib
 import re
 
+import drawing
 import pytest
 import torch
 
@@ -55,3 +56,11 @@ def test_readme_lists_every_variable() -> None:
     for page in ("README.md", "README.zh-CN.md"):
         text = (ROOT / page).read_text()
         assert [name for name in sorted(read) if f"`{name}`" not in text] == []
+
+
+def test_pictures_are_compared_up_to_rounding() -> None:
+    one = '<g id="p1a"><path d="M 1.000001 2 L -3e-5 4" clip-path="url(#p1a)"/></g>'
+    assert drawing.is_same(one, one.replace("p1a", "p2b").replace("1.000001", "1.0"))
+    assert not drawing.is_same(one, one.replace("M 1.000001", "M 1.2"))
+    assert not drawing.is_same(one, one.replace("L", "C"))
+    assert not drawing.is_same(one, one.replace(" L -3e-5 4", ""))
