@@ -82,15 +82,16 @@ def left_out(selection: Selection) -> list[pathlib.Path]:
     """
     dims: dict[str, dict[int, pathlib.Path]] = {}
     for path in sorted(csrc().glob("cuda/instantiations/*.cu")):
-        kind, _, dim = path.stem.rpartition("_d")  # sm80_float16, 128
-        dims.setdefault(kind, {})[int(dim)] = path
+        if parts := re.fullmatch(r"(\w+)_d(\d+)", path.stem):  # sm80_float16, 128
+            dims.setdefault(parts[1], {})[int(parts[2])] = path
     unwanted = []
     for kind, files in dims.items():
         wanted = set(files)
         if selection.dtypes is not None and kind.partition("_")[2] not in selection.dtypes:
             wanted = set()
         elif selection.head_dims is not None:
-            wanted = {min(d for d in files if d >= dim) for dim in selection.head_dims}
+            fitting = ([d for d in files if d >= dim] for dim in selection.head_dims)
+            wanted = {min(found) for found in fitting if found}
         unwanted += [path for dim, path in sorted(files.items()) if dim not in wanted]
     return unwanted
 
