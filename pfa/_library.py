@@ -52,22 +52,43 @@ def cpu_isa() -> str:
     return bytes(torch.ops.pfa._cpu_isa().tolist()).decode()
 
 
-class CudaChoice(NamedTuple):
-    """What the CUDA backend takes for a call; the kernel is "none" where nothing is computed."""
+class Contents(NamedTuple):
+    """What the library was built with."""
 
-    kernel: str
+    cpu_isas: dict[str, bool]  # best first, and whether this process can use it
+    architectures: list[str]  # of CUDA code: sm_80 is machine code, compute_80 PTX
+    cuda_kernels: list[str]  # such as "sm80 float16 D128"
+
+
+def contents() -> Contents:
+    """Return what the library was built with."""
+    require()
+    isas, archs, kernels = bytes(torch.ops.pfa._contents().tolist()).decode().split("\n")
+    pairs = (entry.split() for entry in isas.split(";"))
+    return Contents(
+        {name: usable == "1" for name, usable in pairs},
+        archs.split("+") if archs else [],
+        kernels.split(";") if kernels else [],
+    )
+
+
+class Choice(NamedTuple):
+    """What a call takes."""
+
+    backend: str  # cpu or cuda
+    kernel: str  # an instruction set or a CUDA kernel; "none" where nothing is computed
     block_m: int  # query rows of a block
     block_n: int  # keys of a tile
     num_splits: int  # pieces that the keys of a block are cut into
     why_not_sm90: str  # on a GPU of compute capability 9.0, where sm80 kernels take the call
 
 
-def cuda_choice(*args: Any, **options: Any) -> CudaChoice:
-    """Return what torch.ops.pfa.forward would run with these arguments; for tests and reports."""
+def choice(*args: Any, **options: Any) -> Choice:
+    """Return what torch.ops.pfa.forward would run with these arguments; it raises as that does."""
     require()
-    overloads = torch.ops.pfa._cuda_choice
+    overloads = torch.ops.pfa._choice
     lengths = (options.get(name) for name in ("actual_seq_lengths", "actual_seq_lengths_kv"))
     tensors = any(isinstance(x, torch.Tensor) for x in lengths)
     text = (overloads.tensor_lens if tensors else overloads.default)(*args, **options)
-    kernel, block_m, block_n, num_splits, why = bytes(text.tolist()).decode().split(";")
-    return CudaChoice(kernel, int(block_m), int(block_n), int(num_splits), why)
+    backend, kernel, block_m, block_n, splits, why = bytes(text.tolist()).decode().split(";")
+    return Choice(backend, kernel, int(block_m), int(block_n), int(splits), why)

@@ -12,7 +12,6 @@ from . import _library
 
 _COMPRESSED_MODES = (2, 3, 4)
 _COMPRESSED_SIZE = 2048
-_UNLIMITED = 2147483647
 
 
 def prompt_flash_attention(
@@ -31,7 +30,7 @@ def prompt_flash_attention(
     quant_offset2: torch.Tensor | None = None,
     num_heads: int = 1,
     scale_value: float = 1.0,
-    pre_tokens: int = _UNLIMITED,
+    pre_tokens: int = 2147483647,
     next_tokens: int = 0,
     input_layout: str = "BSH",
     num_key_value_heads: int = 0,
@@ -47,15 +46,7 @@ def prompt_flash_attention(
     Parameters
     ----------
     query : Tensor of float16, bfloat16 or int8
-        ========== ===============
-        layout     shape
-        ========== ===============
-        BSH        (B, Sq, N * D)
-        BSND       (B, Sq, N, D)
-        BNSD       (B, N, Sq, D)
-        BNSD_BSND  (B, N, Sq, D)
-        ========== ===============
-
+        (B, Sq, N * D) in layout BSH, (B, Sq, N, D) in BSND, (B, N, Sq, D) in BNSD and BNSD_BSND.
         B <= 65536, N <= 256, D from 1 to 512. Any strides; a tensor whose last dimension is not
         contiguous is copied.
     key, value : Tensor of query's dtype
@@ -80,7 +71,7 @@ def prompt_flash_attention(
     deq_scale1, deq_scale2 : Tensor of float32, int64 or uint64, one element
         int8 query only: int32 scores to real scores, and int32 products of probabilities and
         values to real output (the scale of value divided by ``quant_scale1``). Integers hold a
-        float32's bits in the lower half, see :func:`pfa.trans_quant_param`.
+        float32's bits in the lower half, see ``pfa.trans_quant_param``.
     quant_scale1 : Tensor of float32, one element
         int8 query only: int8 steps per unit of probability, usually 127.
     quant_scale2, quant_offset2 : Tensor of float32, one element or N * D in (n, d) order, optional

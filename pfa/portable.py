@@ -54,13 +54,13 @@ def check_portable(
 ) -> list[str]:
     """Name the documented limits of ``product`` that a call breaks; an empty list means none.
 
-    Only what goes beyond :func:`pfa.prompt_flash_attention`'s own rules is judged: a call that is
+    Only what goes beyond ``pfa.prompt_flash_attention``'s own rules is judged: a call that is
     wrong here as well should be tried here first. Nothing is computed and no content is read.
 
     Parameters
     ----------
     query, key, value, ... :
-        The arguments of :func:`pfa.prompt_flash_attention`.
+        The arguments of ``pfa.prompt_flash_attention``.
     product : {"atlas_a2", "atlas_a3", "atlas_inference"}
         The Atlas A2 and A3 series (training and inference) and the Atlas inference accelerator
         cards.

@@ -58,10 +58,10 @@ class Simulator(Backend):
     name = "sim"
 
     def choice(self, call: Call) -> Any:
-        """What the library says it runs: pfa._library.CudaChoice."""
+        """What the library says it runs: pfa._library.Choice."""
         import pfa
 
-        return pfa._library.cuda_choice(*call.args, **call.options)
+        return pfa._library.choice(*call.args, **call.options)
 
     def compute_capability(self) -> str:
         return os.environ["CUDASIM_CC"]
@@ -98,7 +98,7 @@ class Gpu(Simulator):
 
         x = torch.ones(1, 1, 1, dtype=torch.float16, device="cuda")
         try:
-            pfa._library.cuda_choice(x, x, x)
+            pfa._library.choice(x, x, x)
         except RuntimeError as error:
             if "built without CUDA" in str(error):
                 return False

@@ -88,11 +88,17 @@ def test_docstring_names_the_traps() -> None:
 
 
 def test_import_is_quiet_and_light() -> None:
+    """It imports nothing else than torch has, in at most the 150 ms that are promised: processor
+    time, which other processes do not lengthen."""
     code = (
-        "import sys, torch; before = set(sys.modules); import pfa; new = set(sys.modules) - before"
+        "import sys, time, torch\n"
+        "before, start = set(sys.modules), time.process_time()\n"
+        "import pfa\n"
+        "seconds, new = time.process_time() - start, set(sys.modules) - before\n"
+        "others = [name for name in new if name.split('.')[0] != 'pfa']\n"
+        "sys.exit(f'{seconds} s, {others}' if seconds > 0.15 or others else 0)\n"
     )
-    heavy = "{'numpy', 'transformers', 'torch._inductor', 'torch._dynamo', 'sympy'}"
-    done = run(f"{code}; sys.exit(len(new & {heavy}))", ROOT.parent)
+    done = run(code, ROOT.parent)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

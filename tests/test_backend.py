@@ -12,7 +12,7 @@ import pytest
 import torch
 from backends import environment
 
-import pfa
+import pfa  # noqa: F401
 
 OVERLOADS = ["pfa::forward", "pfa::forward.tensor_lens"]
 
@@ -56,16 +56,8 @@ def test_cuda_needs_memory_that_it_can_read() -> None:
             assert torch.cuda.is_available()
 
 
-def test_cuda_choice_is_of_cuda_calls() -> None:
-    x = torch.zeros(1, 4, 8, dtype=torch.float16)
-    with pytest.raises(RuntimeError, match="needs tensors on a GPU, or PFA_FORCE_BACKEND=cuda"):
-        pfa._library.cuda_choice(x, x, x)
-    with pytest.raises(RuntimeError, match="num_heads must be positive|needs tensors on a GPU"):
-        pfa._library.cuda_choice(x, x, x, num_heads=0)
-
-
-def test_cuda_choice_takes_what_forward_takes() -> None:
-    forward, choice = torch.ops.pfa.forward, torch.ops.pfa._cuda_choice
+def test_choice_takes_what_forward_takes() -> None:
+    forward, choice = torch.ops.pfa.forward, torch.ops.pfa._choice
     for overload in ("default", "tensor_lens"):
         schemas = [str(getattr(op, overload)._schema) for op in (forward, choice)]
         assert schemas[0].split("(", 1)[1] == schemas[1].split("(", 1)[1]

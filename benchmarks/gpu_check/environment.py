@@ -25,7 +25,7 @@ try:
     found["library"], found["load_error"] = str(pfa._library.path), pfa._library.load_error
     if found["available"]:
         x = torch.ones(1, 1, 1, dtype=torch.float16, device="cuda")
-        found["kernel"] = pfa._library.cuda_choice(x, x, x).kernel
+        found["kernel"] = pfa._library.choice(x, x, x).kernel
 except Exception as error:
     found["load_error"] = f"{type(error).__name__}: {error}"
 if found["available"]:

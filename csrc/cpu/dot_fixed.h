@@ -146,8 +146,10 @@ struct DotI16 {
   // independently: no more than rounding a score near 1 to fp16 costs. `norm`s and steps are the
   // largest of a block of queries and a tile of keys.
   static bool accurate(float softmax_scale, float q_norm, float q_step, const TileHeader& header) {
-    const float rounding = std::hypot(q_norm * header.key_step, header.key_norm * q_step);
-    return std::fabs(softmax_scale) * rounding * 0.289f <= 0x1p-11f;  // 0.289 = 1 / sqrt(12)
+    // Not std::hypot, for which g++ would ask for glibc 2.35.
+    const double of_key = double{q_norm} * header.key_step, of_q = double{header.key_norm} * q_step;
+    const double rounding = std::sqrt(of_key * of_key + of_q * of_q);
+    return std::fabs(softmax_scale) * rounding * 0.289 <= 0x1p-11;  // 0.289 = 1 / sqrt(12)
   }
 };
 

@@ -52,6 +52,11 @@ void run_dynamic(const Executor& executor, int64_t tasks, double nanoseconds, co
   }
 }
 
+int block_n_of(const Problem& problem) {
+  const int64_t most = problem.head_dim <= 256 ? kMaxBlockN : kMaxBlockN / 2;
+  return static_cast<int>(std::clamp(round_up(problem.seqlen_k, kPanel), int64_t{kPanel}, most));
+}
+
 // Key tiles of one batch element that any of its rows sees.
 struct TileRange {
   int64_t begin = 0, end = 0;
@@ -82,9 +87,7 @@ class Forward {
   Forward(const Problem& problem, const Kernel& kernel, const Executor& executor)
       : problem_(problem), kernel_(kernel), executor_(executor) {
     plan_.problem = &problem;
-    const int64_t most = problem.head_dim <= 256 ? kMaxBlockN : kMaxBlockN / 2;
-    plan_.block_n =
-        static_cast<int>(std::clamp(round_up(problem.seqlen_k, kPanel), int64_t{kPanel}, most));
+    plan_.block_n = block_n_of(problem);
     plan_.d_panels = static_cast<int>(ceil_div(problem.head_dim, kPanel));
     kernel.configure(plan_);
   }
@@ -234,5 +237,7 @@ class Forward {
 void forward(const Problem& problem, const Executor& executor) {
   Forward(problem, *select_isa().kernel(problem.dtype), executor).run();
 }
+
+Choice choose(const Problem& problem) { return {isa(), kBlockM, block_n_of(problem)}; }
 
 }  // namespace pfa::cpu

@@ -26,4 +26,15 @@ void forward(const Problem& problem, const Executor& executor);
 // PFA_CPU_ISA overrides the choice; it is read at every call. Throws like forward.
 std::string isa();
 
+// Names of all of them, best first, each followed by whether this process can use it: "amx 0;...".
+std::string isas();
+
+// What forward takes for a call: for tests and reports. Throws like forward.
+struct Choice {
+  std::string isa;
+  int block_m = 0;  // query rows of a task
+  int block_n = 0;  // keys of a tile: the granularity at which an int8 P is rounded
+};
+[[nodiscard]] Choice choose(const Problem& problem);
+
 }  // namespace pfa::cpu

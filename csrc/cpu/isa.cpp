@@ -108,4 +108,12 @@ const Isa& select_isa() {
 
 std::string isa() { return select_isa().name; }
 
+std::string isas() {
+  std::string text;
+  for (const Isa& isa : kIsas) {
+    text += (text.empty() ? "" : ";") + std::string(isa.name) + (isa.supported() ? " 1" : " 0");
+  }
+  return text;
+}
+
 }  // namespace pfa::cpu

@@ -3,17 +3,18 @@
 // workspace, and enqueues the passes. Host code only.
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <string>
 
 #include "../log.h"
 #include "check.h"
 #include "combine.h"
+#include "device.h"
 #include "element.cuh"
 #include "forward.h"
 #include "launch.h"
 #include "mask_pack.h"
 #include "quant.cuh"
+#include "splits.h"
 #ifdef PFA_WITH_SM90A
 #include "sm90/tensor_map.h"
 #endif
@@ -24,37 +25,6 @@ namespace {
 // A split shorter than this costs more in partial results than it saves. A guess, not measured.
 constexpr int64_t kLeastKeysPerSplit = 256;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// What a call needs to know of a GPU.
-struct Device {
-  int compute_capability = 0;  // 10 major + minor
-  int multiprocessors = 0;
-  int shared_bytes = 0;  // that a block can have
-
-  // A thread rarely changes its device: what it read last is kept.
-  static const Device& of(int device) {
-    thread_local int known = -1;
-    thread_local Device gpu;
-    if (known != device) gpu = read(device);
-    known = device;
-    return gpu;
-  }
-
- private:
-  static Device read(int device) {
-    const auto attribute = [device](cudaDeviceAttr which) {
-      int value = 0;
-      check(cudaDeviceGetAttribute(&value, which, device), "read the attributes of the GPU");
-      return value;
-    };
-    return {10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-                attribute(cudaDevAttrComputeCapabilityMinor),
-            attribute(cudaDevAttrMultiProcessorCount),
-            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
-  }
-};
-
 // The kernels of one (family, element, head_dim bucket).
 struct Kernels {
   const char* family;
@@ -63,12 +33,22 @@ struct Kernels {
   KernelInfo (*info)(const Variant&);
   int (*blocks_per_sm)(const Variant&, int device);
   void (*launch)(const Variant&, const Params&, int64_t blocks, int device, cudaStream_t);
+
+  // volatile, since g++ believes that no function template is absent, weak or not.
+  [[nodiscard]] bool built() const {
+    KernelInfo (*const volatile linked)(const Variant&) = info;
+    return linked != nullptr;
+  }
 };
 
+// The smallest that is built, if there is one.
 template <size_t kCount>
 Kernels smallest_bucket(const std::array<Kernels, kCount>& buckets, int64_t head_dim) {
-  return *std::find_if(buckets.begin(), buckets.end(),
-                       [&](const Kernels& kernels) { return head_dim <= kernels.head_dim; });
+  const auto fits = [&](const Kernels& kernels) {
+    return head_dim <= kernels.head_dim && kernels.built();
+  };
+  const auto* found = std::find_if(buckets.begin(), buckets.end(), fits);
+  return found == buckets.end() ? Kernels{} : *found;
 }
 
 template <class Element, int... kHeadDims>
@@ -171,6 +151,7 @@ std::string why_not_sm90([[maybe_unused]] const Problem& p) {
   // They count blocks and splits in 31 bits; a block has 64 rows or more.
   constexpr int64_t kMostBlocks = (int64_t{1} << 31) / kMaxSplits;
   if (p.batch * p.num_heads * ceil_div(p.seqlen_q, 64) >= kMostBlocks) return "too many blocks";
+  if (!sm90_kernels(p).built()) return "built without it for this type and head_dim";
   return sm90::why_not_mappable(base_params(p));
 #else
   return "built without 9.0a";
@@ -182,6 +163,24 @@ Kernels kernels_of(const Problem& problem, [[maybe_unused]] bool is_sm90) {
   if (is_sm90) return sm90_kernels(problem);
 #endif
   return sm80_kernels(problem);
+}
+
+// The only calls that a library lacks kernels for are those that whoever built it left out.
+void check_is_built(const Problem& problem, const Kernels& found) {
+  std::string lacks;
+  if (!found.built()) {
+    constexpr std::array kNames{"float16", "bfloat16", "int8"};
+    lacks = std::string(kNames[static_cast<size_t>(problem.dtype)]) + " of head_dim " +
+            std::to_string(problem.head_dim);
+  } else if (!kBuiltWithDense && problem.mask.data != nullptr) {
+    lacks = "atten_mask";
+  } else if (!kBuiltWithBias && problem.bias.data != nullptr) {
+    lacks = "pse_shift";
+  } else {
+    return;
+  }
+  throw std::runtime_error("pfa was built without CUDA kernels for " + lacks +
+                           ": python -m pfa.info shows those it has");
 }
 
 struct Plan {
@@ -204,33 +203,6 @@ struct Plan {
            (why_not_sm90.empty() ? "" : ", not sm90: " + why_not_sm90);
   }
 };
-
-// PFA_NUM_SPLITS, or 0.
-int forced_splits() {
-  const char* text = std::getenv("PFA_NUM_SPLITS");
-  if (text == nullptr || *text == '\0') return 0;
-  char* end = nullptr;
-  const long value = std::strtol(text, &end, 10);
-  if (*end != '\0' || value < 1 || value > kMaxSplits) {
-    throw std::runtime_error("PFA_NUM_SPLITS must be a number from 1 to " +
-                             std::to_string(kMaxSplits) + ", got " + text);
-  }
-  return static_cast<int>(value);
-}
-
-// The fewest splits that keep the GPU nearly as busy as the best number would: at `slots` blocks at
-// a time, blocks * splits of them fill the last wave to at least 85 % of the best fill.
-int splits_that_fill(int64_t blocks, int64_t slots, int64_t most) {
-  if (5 * blocks >= 4 * slots) return 1;
-  std::array<double, kMaxSplits + 1> fill{};
-  for (int64_t splits = 1; splits <= most; ++splits) {
-    const double waves = static_cast<double>(blocks * splits) / static_cast<double>(slots);
-    fill[splits] = waves / static_cast<double>(ceil_div(blocks * splits, slots));
-  }
-  const double best = *std::max_element(fill.begin(), fill.end());
-  const auto enough = [best](double x) { return x >= 0.85 * best; };
-  return static_cast<int>(std::find_if(fill.begin() + 1, fill.end(), enough) - fill.begin());
-}
 
 // Keys that a block of rows may see at most.
 int64_t most_keys(const Problem& problem, int block_m) {
@@ -261,6 +233,7 @@ Plan make_plan(const Problem& problem, int device) {
   const bool is_hopper = gpu.compute_capability / 10 == 9;
   if (is_hopper) plan.why_not_sm90 = why_not_sm90(problem);
   plan.kernels = kernels_of(problem, is_hopper && plan.why_not_sm90.empty());
+  check_is_built(problem, plan.kernels);
   plan.variant.dense = problem.mask.data != nullptr;
   plan.variant.bias = problem.bias.data != nullptr;
   plan.variant.compact = plan.kernels.info(plan.variant).shared_bytes > gpu.shared_bytes;
@@ -353,6 +326,35 @@ void forward(const Problem& problem, const Resources& resources) {
 Choice choose(const Problem& problem, int device) {
   const Plan plan = make_plan(problem, device);
   return {plan.name(), plan.info.block_m, plan.info.block_n, plan.num_splits, plan.why_not_sm90};
+}
+
+std::string architectures() {
+#define PFA_TEXT_OF(x) #x
+#define PFA_TEXT(x) PFA_TEXT_OF(x)
+  return PFA_TEXT(PFA_CUDA_ARCHS);
+}
+
+std::string kernels() {
+  std::string text;
+  const auto add = [&text](const Kernels& found) {
+    if (!found.built()) return;
+    const std::string name = std::string(found.family) + " " + found.element + " D" +
+                             std::to_string(found.head_dim) + ";";
+    if (text.find(name) == std::string::npos) text += name;
+  };
+  for (const bool is_sm90 : {false, true}) {
+    for (const DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kInt8}) {
+      for (int64_t head_dim = 32; head_dim <= 512; head_dim += 32) {
+        Problem problem;
+        problem.dtype = dtype;
+        problem.head_dim = head_dim;
+        add(kernels_of(problem, is_sm90));
+      }
+    }
+  }
+  if (!kBuiltWithDense) text += "no atten_mask;";
+  if (!kBuiltWithBias) text += "no pse_shift;";
+  return text.substr(0, text.rfind(';'));
 }
 
 bool reads_host_memory(int device) {

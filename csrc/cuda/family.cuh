@@ -17,9 +17,15 @@ namespace pfa::cuda {
 template <class Visit>
 auto with_mask_and_bias(const Variant& variant, const Visit& visit) {
   const auto with_mask = [&](auto mask) {
-    return variant.bias ? visit(mask, std::true_type{}) : visit(mask, std::false_type{});
+    if constexpr (kBuiltWithBias) {
+      if (variant.bias) return visit(mask, std::true_type{});
+    }
+    return visit(mask, std::false_type{});
   };
-  return variant.dense ? with_mask(mask::Dense{}) : with_mask(mask::Band{});
+  if constexpr (kBuiltWithDense) {
+    if (variant.dense) return with_mask(mask::Dense{});
+  }
+  return with_mask(mask::Band{});
 }
 
 // Lets the kernel of these traits use its shared memory, once per device: 64 devices have a bit

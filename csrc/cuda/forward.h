@@ -39,6 +39,12 @@ void forward(const Problem& problem, const Resources& resources);
 // What forward would take on the current device.
 [[nodiscard]] Choice choose(const Problem& problem, int device);
 
+// What the library was compiled for, such as "sm_80+compute_80+sm_90a".
+[[nodiscard]] std::string architectures();
+
+// The kernels inside, and what those left out: "sm80 float16 D128;sm90 float16 D128;no pse_shift".
+[[nodiscard]] std::string kernels();
+
 // Can kernels on the current device read and write ordinary host memory?
 [[nodiscard]] bool reads_host_memory(int device);
 

@@ -13,6 +13,20 @@ namespace pfa::cuda {
 
 constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
 
+// pfa.jit.load can leave these out, and files of csrc/cuda/instantiations: what is declared weak
+// below is a null pointer then.
+#ifdef PFA_WITHOUT_DENSE
+constexpr bool kBuiltWithDense = false;
+#else
+constexpr bool kBuiltWithDense = true;
+#endif
+#ifdef PFA_WITHOUT_BIAS
+constexpr bool kBuiltWithBias = false;
+#else
+constexpr bool kBuiltWithBias = true;
+#endif
+#define PFA_MAY_BE_ABSENT __attribute__((weak, visibility("hidden")))
+
 // The kernels of one (element, head_dim bucket): which tile a variant has, and how it is launched.
 struct Variant {
   bool dense = false;  // a packed mask
@@ -27,16 +41,16 @@ struct KernelInfo {
 namespace sm80 {
 
 template <class Element, int kHeadDim>
-[[nodiscard]] KernelInfo info(const Variant& variant);
+[[nodiscard]] PFA_MAY_BE_ABSENT KernelInfo info(const Variant& variant);
 
 // Blocks of a variant that fit an SM at once. The device is current.
 template <class Element, int kHeadDim>
-[[nodiscard]] int blocks_per_sm(const Variant& variant, int device);
+[[nodiscard]] PFA_MAY_BE_ABSENT int blocks_per_sm(const Variant& variant, int device);
 
 // Enqueues `blocks` blocks in as many grids as they need.
 template <class Element, int kHeadDim>
-void launch(const Variant& variant, const Params& params, int64_t blocks, int device,
-            cudaStream_t stream);
+PFA_MAY_BE_ABSENT void launch(const Variant& variant, const Params& params, int64_t blocks,
+                              int device, cudaStream_t stream);
 
 }  // namespace sm80
 
@@ -45,12 +59,12 @@ void launch(const Variant& variant, const Params& params, int64_t blocks, int de
 namespace sm90 {
 
 template <class Element, int kHeadDim>
-[[nodiscard]] KernelInfo info(const Variant& variant);
+[[nodiscard]] PFA_MAY_BE_ABSENT KernelInfo info(const Variant& variant);
 template <class Element, int kHeadDim>
-[[nodiscard]] int blocks_per_sm(const Variant& variant, int device);
+[[nodiscard]] PFA_MAY_BE_ABSENT int blocks_per_sm(const Variant& variant, int device);
 template <class Element, int kHeadDim>
-void launch(const Variant& variant, const Params& params, int64_t blocks, int device,
-            cudaStream_t stream);
+PFA_MAY_BE_ABSENT void launch(const Variant& variant, const Params& params, int64_t blocks,
+                              int device, cudaStream_t stream);
 
 }  // namespace sm90
 }  // namespace pfa::cuda

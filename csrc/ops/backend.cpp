@@ -66,13 +66,14 @@ void run(const Arguments& args, const Call& call) {
   }
 }
 
-std::string cuda_choice(const Arguments& args, const Call& call) {
-  if (call.backend == Backend::kCpu) {
-    throw std::runtime_error(
-        "pfa._cuda_choice needs tensors on a GPU, or PFA_FORCE_BACKEND=cuda, but query is on the "
-        "CPU");
+std::string choice_of(const Arguments& args, const Call& call) {
+  if (call.nothing_to_compute) {
+    return call.backend == Backend::kCpu ? "cpu;none;0;0;0;" : "cuda;none;0;0;0;";
   }
-  return choice_of_cuda(args.query, call.problem);
+  if (call.backend == Backend::kCuda) return "cuda;" + choice_of_cuda(args.query, call.problem);
+  const cpu::Choice taken = cpu::choose(call.problem);
+  return "cpu;" + taken.isa + ";" + std::to_string(taken.block_m) + ";" +
+         std::to_string(taken.block_n) + ";1;";
 }
 
 }  // namespace pfa

@@ -93,6 +93,8 @@ std::string choice_of_cuda(const Tensor& query, const Problem& problem) {
          choice.why_not_sm90;
 }
 
+std::string cuda_contents() { return cuda::architectures() + "\n" + cuda::kernels(); }
+
 #else
 
 namespace {
@@ -112,6 +114,7 @@ void run_on_cuda(const Tensor& /*query*/, const Problem& /*problem*/) { fail_wit
 std::string choice_of_cuda(const Tensor& /*query*/, const Problem& /*problem*/) {
   fail_without_cuda();
 }
+std::string cuda_contents() { return "\n"; }
 
 #endif
 

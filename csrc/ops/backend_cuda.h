@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA backend as torch sees it. Without PFA_WITH_CUDA each of these throws one sentence that
-// tells how to get its kernels. Whoever calls has made query's device current.
+// The CUDA backend as torch sees it. Without PFA_WITH_CUDA each of these but the last throws one
+// sentence that tells how to get its kernels. Whoever calls has made query's device current.
 #pragma once
 
 #include <string>
@@ -18,5 +18,8 @@ void check_cuda_reads_host_memory();
 void run_on_cuda(const Tensor& query, const Problem& problem);
 
 [[nodiscard]] std::string choice_of_cuda(const Tensor& query, const Problem& problem);
+
+// Architectures and kernels inside, as cuda/forward.h says them, in a line each. Never throws.
+[[nodiscard]] std::string cuda_contents();
 
 }  // namespace pfa

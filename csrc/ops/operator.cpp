@@ -84,7 +84,7 @@ std::string choice(const Arguments& args) {
   const Backend backend = choose_backend(args);
   const auto guard = device_guard(args.query);
   const Call call = make_call(args, backend, false);
-  return call.nothing_to_compute ? "none;0;0;0;" : cuda_choice(args, call);
+  return choice_of(args, call);
 }
 
 }  // namespace pfa

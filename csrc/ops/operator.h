@@ -21,7 +21,7 @@ OutputAndLse forward_lse(const Arguments& args);
 // Only judges the call, by the rules of forward.
 void check(const Arguments& args);
 
-// What the CUDA backend would run: "kernel;block_m;block_n;num_splits", for tests and reports.
+// What forward would run, as choice_of in backend.h says it: for tests and reports.
 std::string choice(const Arguments& args);
 
 }  // namespace pfa

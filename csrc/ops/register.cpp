@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../cpu/forward.h"
+#include "backend_cuda.h"
 #include "operator.h"
 
 #define PFA_SCHEMA(name, lengths, result)                                                       \
@@ -92,8 +93,13 @@ void boxed_cpu_isa(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_ou
   stack[0] = from(bytes_of(cpu::isa()));
 }
 
+// Three lines: instruction sets, architectures, CUDA kernels.
+void boxed_contents(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
+  stack[0] = from(bytes_of(cpu::isas() + "\n" + cuda_contents()));
+}
+
 template <Lengths (*kTakeLengths)(StableIValue)>
-void boxed_cuda_choice(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
+void boxed_choice(StableIValue* stack, uint64_t /*num_args*/, uint64_t /*num_outputs*/) {
   const Arguments args = take_arguments<kTakeLengths>(stack);
   stack[0] = from(bytes_of(choice(args)));
 }
@@ -107,8 +113,9 @@ STABLE_TORCH_LIBRARY(pfa, m) {
   m.def(PFA_SCHEMA("forward_lse.tensor_lens", "Tensor?", PFA_OUT_AND_LSE));
   m.def(PFA_SCHEMA("_check", "SymInt[]?", "()"));
   m.def("_cpu_isa() -> Tensor");
-  m.def(PFA_SCHEMA("_cuda_choice", "SymInt[]?", "Tensor"));
-  m.def(PFA_SCHEMA("_cuda_choice.tensor_lens", "Tensor?", "Tensor"));
+  m.def("_contents() -> Tensor");
+  m.def(PFA_SCHEMA("_choice", "SymInt[]?", "Tensor"));
+  m.def(PFA_SCHEMA("_choice.tensor_lens", "Tensor?", "Tensor"));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pfa, CPU, m) {
@@ -129,8 +136,9 @@ STABLE_TORCH_LIBRARY_IMPL(pfa, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(pfa, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", &boxed_cpu_isa);
   m.impl("_check", &boxed_check);
-  m.impl("_cuda_choice", &boxed_cuda_choice<take_list>);
-  m.impl("_cuda_choice.tensor_lens", &boxed_cuda_choice<take_lengths_tensor>);
+  m.impl("_contents", &boxed_contents);
+  m.impl("_choice", &boxed_choice<take_list>);
+  m.impl("_choice.tensor_lens", &boxed_choice<take_lengths_tensor>);
 }
 
 }  // namespace pfa

@@ -8,13 +8,11 @@ aligned at the top left. Nothing is computed here.
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
 from pfa import prompt_flash_attention
+from pfa._log import logger
 
-_logger = logging.getLogger("pfa")
 _UNLIMITED = 2**31 - 1
 _MAX_HEAD_DIM, _MAX_HEADS, _MAX_GROUP = 512, 256, 64
 
@@ -23,7 +21,7 @@ def log_delegation(library: str, to: str, reason: str) -> None:
     """One debug line for a call that the operator does not take."""
     # A log call would break the graph under torch.compile.
     if not torch.compiler.is_compiling():
-        _logger.debug("%s: %s takes this call: %s", library, to, reason)
+        logger.debug("%s: %s takes this call: %s", library, to, reason)
 
 
 def check_mask(
