@@ -54,7 +54,8 @@ def control_changes(before: dict[str, Any], after: dict[str, Any]) -> list[float
     versions = [x["peers"]["found"] for x in (before, after)]
     same = [n for n, v in versions[0].items() if versions[1].get(n) == v]
     names = [name for name in same if not name.startswith("pfa")]
-    return [b["median"] / a["median"] for n in names for _, a, b in pairs(before, after, n)]
+    found = [(a, b) for n in names for _, a, b in pairs(before, after, n)]
+    return [b["median"] / a["median"] for a, b in found if min(a["samples"], b["samples"]) > 1]
 
 
 def percentile(values: list[float], share: float) -> float:

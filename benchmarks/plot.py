@@ -26,7 +26,8 @@ from .tables import unit
 COLOURS = {
     "pfa": "#1f6f8b", "pfa-bf16": "#9bb8c4", "pfa-fp16": "#9bb8c4", "sdpa-flash": "#c98b3b",
     "sdpa-efficient": "#dcb06f", "sdpa-cudnn": "#76b041", "sdpa-math": "#d8c3a5",
-    "eager": "#b0b0b0", "flex": "#b5654a", "vllm-cpu": "#8a9a5b", "onnxruntime": "#7a6c9d", "openvino": "#4f7cac",
+    "eager": "#b0b0b0", "flex": "#b5654a", "vllm-cpu": "#8a9a5b", "onnxruntime": "#7a6c9d",
+    "openvino": "#4f7cac",
     "fa3": "#8a3b4e", "fa3-fp8": "#c08497", "flashinfer": "#5b8e7d", "sage": "#c2a83e",
 }  # fmt: skip
 VERDICTS = {"slower": "#b5482f", "faster": "#4c8c4a", "same": "0.65"}

@@ -7,6 +7,7 @@ import io
 import json
 import pathlib
 import re
+import time
 from typing import Any
 
 import pytest
@@ -460,3 +461,15 @@ def test_report_of_a_repetition() -> None:
     text = report.spread(run_of(1.0, 1.0, 1.0, 1.0), run_of(1.0, 1.01, 1.02, 1.2))
     assert "by 1.5 % (median of 4 cases) and by 20.0 % at most" in text
     assert "calls 1 of them changed" in text
+
+
+def test_a_peer_that_takes_ages_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SLOW_SECONDS", 0.05)
+    monkeypatch.setattr(measure, "SLOW_RATIO", 0.0)
+
+    def make(inputs: Inputs) -> Call:
+        eager = torch_ops.make_eager(inputs)
+        return Call(lambda: (time.sleep(0.06), eager.run())[1])
+
+    entry = measured(case(), peer(make))["peers"]["other"]
+    assert (entry["status"], entry["samples"]) == ("ok", 1) and entry["median"] > 0.06
