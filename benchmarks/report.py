@@ -109,6 +109,22 @@ def summary(result: Result) -> str:
     return table(headings, [[name, *(x[i] for i in used)] for name, x in cells.items()])
 
 
+def headline(result: Result) -> str:
+    """The quickest full bfloat16 case and the memory of long calls, as sentences."""
+    full = [r for r in result["rows"] if (r["dtype"], r["pattern"]) == ("bf16", "full")]
+    row = max(full, key=lambda r: r["peers"]["pfa"]["gflops"])
+    label, scale = unit(result["plan"]["device"])
+    text = (
+        f"Full bfloat16 attention at S = {row['seqlen']}, D = {row['head_dim']} runs at "
+        f"{scale * row['peers']['pfa']['gflops']:.0f} {label}; torch's matrix product reaches "
+        f"{scale * result['limits']['bf16']:.0f} there."
+    )
+    if taken := [x["bytes"] / 2**20 for x in result["memory"] if "bytes" in x]:
+        text += f" A call at S = 16384 takes {min(taken):.0f} to {max(taken):.0f} MiB beyond inputs"
+        text += " and output."
+    return text
+
+
 def ranges(rows: list[Result], peer: str) -> str:
     found = [x["ratio"] for row in rows if "ratio" in (x := row["peers"].get(peer, {}))]
     return f"{min(found):.2f}x to {max(found):.2f}x" if found else "–"
@@ -137,7 +153,7 @@ def spread(result: Result, again: Result) -> str:
 
 MAKERS: dict[str, Callable[..., str]] = {
     "machine": machine, "rates": rates, "absent": absent, "launch": launch, "memory": memory,
-    "spread": spread, "summary": summary,
+    "spread": spread, "summary": summary, "headline": headline,
 }  # fmt: skip
 
 
