@@ -88,15 +88,13 @@ def measure_peers(
         if call is None:
             continue
         if device == "cpu" and first > max(SLOW_SECONDS, SLOW_RATIO * ours_seconds):
-            entries[name] |= timing.summarise([[first]]) | {"note": "timed once: slow"}
+            entries[name] |= timing.summarise([[first]]) | {"note": "slow: timed once"}
         else:
             calls[name] = call
     del out, expected
     times = timing.interleave({name: call.run for name, call in calls.items()}, clock, seconds)
-    for name, call in calls.items():
-        entries[name] |= times[name] | ({"note": call.note} if call.note else {})
-        if call.preparation is not None:
-            entries[name]["preparation"] = call.preparation
+    for name, summary in times.items():
+        entries[name] |= summary
     if device == "cuda":
         entries[OURS]["kernels"] = timing.kernels(ours.run, device)
     return {"peers": entries}
@@ -126,7 +124,12 @@ def check(
     if not close:
         reason = f"its result differs from ours by {relative:.1e}"
         return None, {"status": "wrong", "reason": reason, "difference": str(relative)}, 0.0
-    return call, {"status": "ok", "difference": relative}, first
+    entry = {"status": "ok", "difference": relative}
+    if call.note:
+        entry["note"] = call.note
+    if call.preparation is not None:
+        entry["preparation"] = call.preparation
+    return call, entry, first
 
 
 def rate(

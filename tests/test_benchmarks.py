@@ -3,28 +3,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pathlib
-import re
 import time
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+from benchmark_rows import LIMITS, FakeClock, case, make_result, measured, peer, shown
 
 from benchmarks import (
     cases,
-    compare,
     launch,
     limits,
     measure,
     peers,
     plan,
-    report,
     results,
-    tables,
     timing,
 )
 from benchmarks.cases import Case
@@ -32,38 +27,6 @@ from benchmarks.inputs import Inputs
 from benchmarks.peers import base, gpu, torch_ops
 from benchmarks.peers.base import Call, Peer
 from benchmarks.plan import Plan
-
-SMALL = {"seqlen": 32, "batch": 2, "heads": 4, "heads_k": 2}
-LIMITS = {"bf16": 100.0, "fp16": 50.0, "fp32": 80.0, "int8": None, "copy": 10.0}
-HERE = pathlib.Path(__file__).parent.parent
-
-
-class FakeClock:
-    """Each call takes a second longer than the one before."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def turn(self, call, seconds):
-        call()
-        self.now += 1.0
-        return [self.now, self.now + 0.25]
-
-    def end_to_end(self, call):
-        return 9.0
-
-
-def case(dtype: str = "fp16", pattern: str = "full", **changed: Any) -> Case:
-    return Case(dtype, 16, pattern, **(SMALL | changed))
-
-
-def measured(of: Case, *others: Peer) -> dict[str, Any]:
-    ours = next(x for x in peers.ours.FINDERS if x.name == "pfa").find("cpu")
-    return measure.measure(of, "cpu", [ours, *others], FakeClock(), LIMITS, 0.01)
-
-
-def peer(make: Any, name: str = "other") -> Peer:
-    return Peer(name, "1", make)
 
 
 def test_calls_are_timed_in_turns() -> None:
@@ -336,133 +299,6 @@ def test_every_suite_has_its_cases() -> None:
         assert any(x.case and target.applies(x.case, target.device) for x in made.items()), target
 
 
-def make_result(found: list[dict[str, Any]], **changed: Any) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "schema": results.SCHEMA, "sha": "s", "dirty": False,
-        "plan": {"device": "cpu"}, "environment": {"device": "cpu", "cpu": "C", "threads": 1,
-        "isa": "i", "torch": "t", "date": "2026-01-01T", "busy": 0.5},
-        "peers": {"found": {"pfa": "1", "sdpa-flash": "2"}, "missing": {}},
-        "limits": {"bf16": 1.0}, "launch": [], "memory": [], "problems": [], "not_run": [],
-        "rows": [row | {"suite": "prefill"} for row in found],
-    }  # fmt: skip
-    return made | changed
-
-
-def shown(changed: dict[str, Any]) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    tables.show(make_result([], **changed), console)
-    return console.file.getvalue()
-
-
-def timed_row(of: Case, **medians: float) -> dict[str, Any]:
-    names = {"pfa": "pfa", "flash": "sdpa-flash"}
-    entries = {
-        names[name]: {"status": "ok", "median": x, "p20": x, "p80": x, "samples": 3, "noise": 0.01}
-        for name, x in medians.items()
-    }
-    row = measure.describe(of) | {"suite": "prefill", "peers": entries}
-    return row | measure.rate(of, "cpu", entries, LIMITS)
-
-
-CASES = [case(seqlen=s) for s in (32, 64, 96, 128)]
-
-
-def run_of(*pfa: float, flash: float = 5.0) -> dict[str, Any]:
-    pairs = zip(CASES, pfa, strict=True)
-    return make_result([timed_row(c, pfa=x, flash=flash) for c, x in pairs])
-
-
-def verdicts(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    return [x["verdict"] for x in compare.changes(before, after)["rows"]]
-
-
-def test_compare_flags_a_change_and_not_noise() -> None:
-    before = run_of(1.0, 1.0, 1.0, 1.0)
-    assert verdicts(before, before) == ["same"] * 4
-    after = run_of(1.01, 1.1, 0.9, 0.99)
-    assert verdicts(before, after) == ["same", "slower", "faster", "same"]
-    # The machine itself became slower: the peer, whose version is the same, shows it.
-    after = run_of(1.01, 1.1, 1.3, 0.95, flash=5.6)
-    assert verdicts(before, after) == ["same", "same", "slower", "same"]
-    # The case itself was noisy.
-    after = run_of(1.0, 1.1, 1.0, 1.0)
-    after["rows"][1]["peers"]["pfa"]["noise"] = 0.12
-    assert verdicts(before, after) == ["same"] * 4
-    # A peer of another version says nothing of the machine.
-    after = run_of(1.0, 1.1, 1.0, 1.0, flash=5.6)
-    after["peers"]["found"]["sdpa-flash"] = "3"
-    assert verdicts(before, after)[1] == "slower"
-
-
-def compared(tmp_path: pathlib.Path, before: Any, after: Any) -> Any:
-    paths = [tmp_path / f"{name}.json" for name in "ab"]
-    for path, result in zip(paths, (before, after), strict=True):
-        path.write_text(result if isinstance(result, str) else json.dumps(result))
-    with pytest.raises(SystemExit) as ended:
-        compare.main([str(path) for path in paths])
-    return ended.value.code
-
-
-def test_compare_as_a_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = run_of(1.0, 1.0, 1.0, 1.0)
-    assert compared(tmp_path, before, before) == 0
-    assert compared(tmp_path, before, run_of(1.0, 1.2, 1.0, 1.0)) == 1
-    assert "4 cases: 1 slower, 0 faster" in capsys.readouterr().out
-    other = run_of(1.0, 1.0, 1.0, 1.0)
-    other["environment"]["cpu"] = "D"
-    assert compared(tmp_path, before, other) == "cpu must be the same in both runs, got C and D"
-    assert "cannot be read as JSON" in compared(tmp_path, before, "{")
-    assert "no case in common" in compared(tmp_path, before, make_result([]))
-
-
-def test_schema() -> None:
-    good = run_of(1.0, 1.0, 1.0, 1.0)
-    assert results.problems_of(good) == ""
-    assert results.problems_of([]) == "it holds no object"
-    assert "schema must be 2" in results.problems_of(good | {"schema": 1})
-    assert "rows must be list, got NoneType" in results.problems_of(good | {"rows": None})
-    lacking = {k: v for k, v in good["rows"][0].items() if k != "seqlen"}
-    assert "has no seqlen" in results.problems_of(good | {"rows": [lacking]})
-    for entry in ({"status": "ok"}, {"status": "wrong"}):
-        row = good["rows"][0] | {"peers": {"x": entry}}
-        assert "x" in results.problems_of(good | {"rows": [row]})
-
-
-def test_published_results_are_of_this_schema() -> None:
-    paths = [
-        x for x in results.FOLDER.glob("*.json") if not x.name.startswith(("predicted", "mini"))
-    ]
-    assert paths
-    for path in paths:
-        results.read(path)
-
-
-def test_documents_are_what_the_results_give() -> None:
-    for name in report.DOCUMENTS:
-        text = (HERE / name).read_text()
-        assert report.fill(text) == text, f"{name}: run python -m benchmarks report"
-    assert "<!-- begin" in (HERE / "docs" / "performance.md").read_text()
-
-
-def test_the_two_readmes_have_the_same_figures() -> None:
-    english, chinese = ((HERE / x).read_text() for x in ("README.md", "README.zh-CN.md"))
-    figures = re.compile(r"\d+(?:\.\d+)?x\b")
-    assert set(figures.findall(chinese)) == set(figures.findall(english))
-
-
-def test_report_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(results.Invalid, match="a place must be of"):
-        report.fill("<!-- begin nothing x.json -->\n<!-- end -->")
-    with pytest.raises(results.Invalid, match="cannot be read"):
-        report.fill("<!-- begin launch none.json -->\n<!-- end -->")
-
-
-def test_report_of_a_repetition() -> None:
-    text = report.spread(run_of(1.0, 1.0, 1.0, 1.0), run_of(1.0, 1.01, 1.02, 1.2))
-    assert "by 1.5 % (median of 4 cases) and by 20.0 % at most" in text
-    assert "calls 1 of them changed" in text
-
-
 def test_a_peer_that_takes_ages_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "SLOW_SECONDS", 0.05)
     monkeypatch.setattr(measure, "SLOW_RATIO", 0.0)
@@ -473,3 +309,34 @@ def test_a_peer_that_takes_ages_is_timed_once(monkeypatch: pytest.MonkeyPatch) -
 
     entry = measured(case(), peer(make))["peers"]["other"]
     assert (entry["status"], entry["samples"]) == ("ok", 1) and entry["median"] > 0.06
+
+
+class Event:
+    """Of a GPU whose calls take 2 ms each."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = None
+
+    def record(self) -> None:
+        self.at = "recorded"
+
+    def elapsed_time(self, end: Event) -> float:
+        assert self.at == end.at == "recorded"
+        return 2.0
+
+
+def test_cuda_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its counting; events and the flush itself need a GPU."""
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 4)
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *s, device, **o: real(*s, **o))
+    clock = timing.CudaClock()
+    assert clock.turn(lambda: log.append("call"), 0.02) == [0.002] * 10
+    assert log == ["call", "call", "synchronize"] + ["call"] * 10 + ["synchronize"]
+    log.clear()
+    assert clock.end_to_end(lambda: log.append("call")) >= 0
+    assert log == ["synchronize", "call", "synchronize"]
+    assert len(clock.turn(lambda: None, 0.0)) == timing.CALLS[0]
