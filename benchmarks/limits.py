@@ -20,6 +20,16 @@ PRODUCTS = {
         "int8": ("int8", "bf16", "fp32"),
     },
 }
+DTYPES = {
+    "cuda": {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8},
+    "cpu": {
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+        "int8": torch.int8,
+        "fp32": torch.float32,
+    },
+}
+SLOW_SECONDS = 0.02
 SIZES = {"cuda": (8192, 1 << 30), "cpu": (1024, 256 << 20)}  # of a matrix, of a copy
 
 
@@ -27,21 +37,10 @@ def measure(device: str, clock: Clock) -> dict[str, float | None]:
     """GFLOP/s of torch's products (2 per multiply-add), GB/s of a copy (read and written), and on
     a CPU 1e9 exp/s in cache; None where torch has no such product here."""
     size, copied = SIZES[device]
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
-    a8, b8 = (
-        torch.randint(-127, 127, (size, size), dtype=torch.int8, device=device) for _ in range(2)
-    )
-    products: dict[str, Callable[[], Any]] = {
-        "bf16": bind(torch.mm, a.bfloat16(), b.bfloat16()),
-        "fp16": bind(torch.mm, a.half(), b.half()),
-        "int8": bind(torch._int_mm, a8, b8),
-    }
-    if device == "cpu":
-        products["fp32"] = bind(torch.mm, a, b)
     limits: dict[str, float | None] = {}
-    for name, product in products.items():
+    for name, dtype in DTYPES[device].items():
         try:
-            limits[name] = 2e-9 * size**3 / best(product, clock)
+            limits[name] = product_rate(dtype, size, device, clock)
         except RuntimeError:
             limits[name] = None
     source = torch.ones(copied, dtype=torch.int8, device=device)
@@ -51,6 +50,21 @@ def measure(device: str, clock: Clock) -> dict[str, float | None]:
         exp = best(lambda: torch.exp(scores, out=torch.empty_like(scores)), clock)
         limits["exp"] = 1e-9 * scores.numel() / exp
     return limits
+
+
+def product_rate(dtype: torch.dtype, size: int, device: str, clock: Clock) -> float:
+    """GFLOP/s of square matrices; small ones will do where torch has a plain loop for them."""
+    rate = 0.0
+    for side in (size // 4, size):
+        a, b = (torch.randn(side, side, device=device) for _ in range(2))
+        if dtype == torch.int8:
+            a, b = (x.mul(40).clamp(-127, 127) for x in (a, b))
+        multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+        seconds = best(bind(multiply, a.to(dtype), b.to(dtype)), clock)
+        rate = 2e-9 * side**3 / seconds
+        if seconds > SLOW_SECONDS:
+            break
+    return rate
 
 
 def bind(function: Callable[..., Any], *tensors: torch.Tensor) -> Callable[[], Any]:

@@ -7,6 +7,8 @@ Plan as JSON, ROWS a file of a JSON a line, which it appends to. Exit 3 means: s
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,6 +20,8 @@ from . import launch, limits, machine, measure, memory, peers
 from .plan import Item, Plan
 from .rows import append, read
 from .timing import Clock, CpuClock, CudaClock
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Worker:
@@ -73,7 +77,14 @@ class Worker:
                 torch.cuda.empty_cache()
 
 
+def end_with_parent() -> None:
+    """A worker that is left alone would go on writing beside the next one."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def main(text: str, path: str) -> None:
+    end_with_parent()
     plan = Plan.from_json(text)
     if plan.device == "cpu":
         machine.pin(plan.threads)
