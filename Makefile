@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test bench bench-cpu bench-gpu gpu-pack gpu-check check lint format dev sanitize clean \
+.PHONY: help demo test bench bench-cpu bench-gpu peers gpu-pack gpu-check check lint format dev sanitize clean \
   cuda ptxas sass sim cudasim test-sim predict third_party test-layouts have-nvcc
 
 help:  ## list the targets
@@ -41,6 +41,9 @@ bench: $(BUILT)  ## measure pfa beside its peers: all suites of the GPU, or of t
 
 bench-cpu: $(BUILT)  ## measure the CPU kernels beside their peers (ARGS="--quick --filter bf16")
 	$(RUN) -m benchmarks --device cpu --suite cpu $(ARGS)
+
+peers: $(INSTALLED)  ## install the optional peers of bench-cpu: onnxruntime and OpenVINO
+	@$(RUN) -m pip install -q -r requirements-peers.txt -c constraints.txt
 
 bench-gpu: $(BUILT)  ## measure the CUDA kernels beside their peers (after make cuda; ARGS=--quick)
 	$(RUN) -m benchmarks --device cuda --suite gpu $(ARGS)

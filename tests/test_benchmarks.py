@@ -8,6 +8,7 @@ import pathlib
 import time
 from typing import Any
 
+import backends
 import pytest
 import torch
 from benchmark_rows import LIMITS, FakeClock, case, make_result, measured, peer, shown
@@ -44,21 +45,25 @@ def test_cpu_clock() -> None:
     assert 1e-7 < min(found) < 1e-2
 
 
-@pytest.mark.usefixtures("forward")  # so that the simulator's CUDA kernels are compared too
+@pytest.mark.usefixtures("forward")  # so that CUDA kernels are compared too
 @pytest.mark.parametrize("pattern", cases.PATTERNS)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_plain_torch_agrees_in_every_pattern(dtype: str, pattern: str) -> None:
     """So the patterns mean the same to us and to the peers, in all dtypes, on either device."""
     keys = {"seqlen_k": 48} if pattern == "causal-end" else {}
     of = case(dtype, pattern, **keys)
-    found, _ = peers.find("cpu", ("eager", "sdpa-math", "sdpa-flash", "pfa-bf16"))
-    row = measure.measure(of, "cpu", found, FakeClock(), LIMITS, 0.01)
+    device = "cuda" if backends.current().name == "cuda" else "cpu"
+    found, _ = peers.find(device, ("eager", "sdpa-math"))
+    row = measure.measure(of, device, found, FakeClock(), LIMITS, 0.01)
     assert row["status"] == "ok", row
-    for name, entry in row["peers"].items():
-        if name == "pfa-bf16" and not dtype.startswith("int8"):
-            assert entry["status"] == "unsupported"
-        else:
-            assert entry["status"] == "ok", (name, entry)
+    for name in ("pfa", "eager", "sdpa-math"):
+        assert row["peers"][name]["status"] == "ok", (name, row["peers"][name])
+
+
+def test_int8_is_measured_beside_our_own_floats() -> None:
+    ours = next(x for x in peers.ours.FINDERS if x.name == "pfa-bf16").find("cpu")
+    assert measured(case("int8"), ours)["peers"]["pfa-bf16"]["status"] == "ok"
+    assert measured(case("fp16"), ours)["peers"]["pfa-bf16"]["status"] == "unsupported"
 
 
 @pytest.mark.parametrize("pattern", cases.PATTERNS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""onnxruntime and OpenVINO: `pip install onnx onnxruntime openvino`. Both are given float32 copies
+"""onnxruntime and OpenVINO: requirements-peers.txt. Both are given float32 copies
 of the tensors, which they like best on the CPU; making them is not timed."""
 
 from __future__ import annotations
