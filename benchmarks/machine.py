@@ -125,7 +125,8 @@ class Sampler:
     def __init__(self) -> None:
         self.samples: list[tuple[float, list[float]]] = []
         command = ["nvidia-smi", f"--query-gpu={','.join(SAMPLED)}", "-lms", str(SAMPLE_MS)]
-        command += ["--format=csv,noheader,nounits"]
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+        command += ["--format=csv,noheader,nounits", "-i", first]
         try:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -82,6 +82,8 @@ def sanitizer_lines(result: dict[str, Any]) -> list[str]:
 
 
 def timing_lines(result: dict[str, Any]) -> list[str]:
+    if "result" not in result:
+        return []
     console = Console(file=io.StringIO(), width=200)
     tables.show(result["result"], console)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
