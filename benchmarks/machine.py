@@ -23,6 +23,8 @@ from .process import run
 ABOUT_GPU = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.sm,temperature.gpu"
 SAMPLED = ("clocks.sm", "power.draw", "temperature.gpu")
 SAMPLE_MS = 100
+# What may be set and changes a result.
+VARIABLES = ("OMP_WAIT_POLICY", "OMP_PROC_BIND", "PFA_CPU_ISA", "PFA_NUM_SPLITS")
 # The processor's flags that decide which kernel can run.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 
@@ -83,18 +85,17 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "pfa": pfa.__version__,
         "date": now(),
         "busy": busy(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
     if device == "cpu":
         return found | {"isa": pfa.cpu_isa()}
     about = torch.cuda.get_device_properties(0)
-    x = torch.ones(1, 1, 1, dtype=torch.float16, device="cuda")
     return found | {
         "gpu": about.name,
         "compute_capability": f"{about.major}.{about.minor}",
         "multiprocessors": about.multi_processor_count,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "kernel": pfa._library.cuda_choice(x, x, x).kernel,
         "nvidia_smi": nvidia_smi(),
     }
 

@@ -69,8 +69,8 @@ class Plan:
         """About seconds, for the progress bar."""
         if item.case is None:
             return {"memory": 6.0, "limits": 4.0, "launch": 3.0}.get(item.kind, 2.0)
-        rate = 5e10 if self.device == "cpu" else 1e14
-        return self.seconds + 30 * item.case.nominal_flop / rate
+        checks, rate = {"cpu": (0.3, 5e10), "cuda": (1.5, 1e14)}[self.device]
+        return self.seconds + checks + 30 * item.case.nominal_flop / rate
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -239,7 +239,7 @@ def test_timing_goes_on_after_a_crash(tmp_path, worker) -> None:
 
 
 def test_timing_keeps_its_rows_when_time_is_up(tmp_path, worker) -> None:
-    module = worker("item.case.seqlen == 16384 and __import__('time').sleep(60)")
+    module = worker("item.case.seqlen == 1024 and __import__('time').sleep(60)")
     result = timing_stage.check(tmp_path, 6, PLAN, module)
     assert result["status"] == "ok" and len(result["result"]["rows"]) >= 1
     assert result["reason"].startswith("the time was up")
