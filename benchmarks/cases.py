@@ -110,6 +110,7 @@ class Scale:
     odd_head_dims: tuple[int, ...]
     batch: int = 0
     heads: int = 0
+    longest: int = 0  # of bfloat16 prefill alone
 
     def case(self, dtype: str, head_dim: int, pattern: str, seqlen: int) -> Case:
         return Case(dtype, head_dim, pattern, seqlen, self.batch, self.heads)
@@ -129,7 +130,7 @@ SCALES = {  # (device, quick)
         (512, 1024, 2048, 4096, 8192, 16384), 4096, (64, 128, 256), ODD_HEAD_DIMS
     ),
     ("cuda", True): Scale((1024, 4096), 4096, (64, 128), (40, 80, 96, 192, 256, 512)),
-    ("cpu", False): Scale((512, 2048), 512, (64, 128), ODD_HEAD_DIMS, 1, 8),
+    ("cpu", False): Scale((512, 2048), 512, (64, 128), ODD_HEAD_DIMS, 1, 8, longest=4096),
     ("cpu", True): Scale((256, 512), 256, (64,), (40, 80, 256), 1, 4),
 }
 
@@ -159,6 +160,8 @@ def serving_shapes(device: str) -> list[Case]:
 
 def prefill(scale: Scale, device: str) -> list[Case]:
     cases = list(scale.cases("bf16", "full causal"))
+    if scale.longest:
+        cases += dataclasses.replace(scale, lengths=(scale.longest,)).cases("bf16", "full causal")
     return cases + list(scale.cases("fp16", "full causal", () if device == "cpu" else (128,)))
 
 

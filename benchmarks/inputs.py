@@ -67,19 +67,17 @@ class Inputs:
     def keep(self) -> Tensor | None:
         """Broadcasts to (batch, heads, seqlen, seqlen_k), True takes part; None where a causal
         flag or nothing at all says the same."""
-        case = self.case
+        case, device = self.case, self.qkv[0].device
         if self.masked is not None:
             return ~self.masked
-        ones = torch.ones(case.seqlen, case.seqlen_k, dtype=torch.bool, device=self.device)
+        ones = torch.ones(case.seqlen, case.seqlen_k, dtype=torch.bool, device=device)
         if case.pattern == "band":
             return ones.tril().triu(1 - WINDOW)
         if case.pattern == "causal-end":
             return ones.tril(case.seqlen_k - case.seqlen)
         if case.pattern == "padding":
-            lengths = torch.tensor(case.lengths(), device=self.device)
-            return (torch.arange(case.seqlen_k, device=self.device) < lengths[:, None])[
-                :, None, None
-            ]
+            lengths = torch.tensor(case.lengths(), device=device)
+            return (torch.arange(case.seqlen_k, device=device) < lengths[:, None])[:, None, None]
         return None
 
     @functools.cached_property
@@ -90,5 +88,5 @@ class Inputs:
             return self.bias.to(self.dtype).expand(shape)
         if self.keep is None:
             return None
-        zeros = torch.zeros(self.keep.shape, dtype=self.dtype, device=self.device)
+        zeros = torch.zeros(self.keep.shape, dtype=self.dtype, device=self.keep.device)
         return zeros.masked_fill_(~self.keep, -math.inf).expand(shape)

