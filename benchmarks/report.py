@@ -6,8 +6,9 @@ A document has places of the form
     <!-- begin rates cpu-avx2.json prefill -->
     <!-- end -->
 
-whose content is made from a JSON of benchmarks/results: no number there is written by hand. --check
-writes nothing and fails where a document is not what its JSONs give.
+whose content is made from a JSON of benchmarks/results: no number there is written by hand. A JSON
+that is not there yet makes it say so. --check writes nothing and fails where a document is not what
+its JSONs give.
 """
 
 from __future__ import annotations
@@ -140,6 +141,12 @@ def memory(result: Result) -> str:
     return table(["case", "MiB"], rows)
 
 
+def picture(result: Result, name: str) -> str:
+    """As `python -m benchmarks plot` drew it, for a page of docs/."""
+    peers = ", ".join(result["peers"]["found"])
+    return f"![Rates of {peers}](../benchmarks/results/{name})"
+
+
 def spread(result: Result, again: Result) -> str:
     found = compare.changes(result, again)["rows"]
     moved = sorted(abs(x["ratio"] - 1) for x in found)
@@ -154,19 +161,24 @@ def spread(result: Result, again: Result) -> str:
 MAKERS: dict[str, Callable[..., str]] = {
     "machine": machine, "rates": rates, "absent": absent, "launch": launch, "memory": memory,
     "spread": spread, "summary": summary, "headline": headline,
+    "picture": picture,
 }  # fmt: skip
 
 
 def fill(text: str) -> str:
-    """The document with every place made anew. results.Invalid if a JSON is not there."""
+    """The document with every place made anew. results.Invalid if a JSON is no result."""
 
     def make(found: re.Match[str]) -> str:
         begin, kind, words, _, end = found.groups()
         if kind not in MAKERS:
             raise results.Invalid(f"a place must be of {', '.join(MAKERS)}, got {kind!r}")
-        given = [results.read(results.FOLDER / w) if w.endswith(".json") else w
-                 for w in words.split()]  # fmt: skip
-        return f"{begin}\n{MAKERS[kind](*given)}\n\n{end}"
+        names = [word for word in words.split() if word.endswith(".json")]
+        if lacking := [name for name in names if not (results.FOLDER / name).exists()]:
+            text = f"Pending: `benchmarks/results/{lacking[0]}` is not there yet."
+        else:
+            read = {name: results.read(results.FOLDER / name) for name in names}
+            text = MAKERS[kind](*(read.get(word, word) for word in words.split()))
+        return f"{begin}\n{text}\n\n{end}"
 
     return PLACE.sub(make, text)
 

@@ -101,8 +101,21 @@ def test_the_two_readmes_have_the_same_figures() -> None:
 def test_report_refuses_what_it_does_not_know() -> None:
     with pytest.raises(results.Invalid, match="a place must be of"):
         report.fill("<!-- begin nothing x.json -->\n<!-- end -->")
+
+
+def test_a_result_that_is_not_there_is_pending(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    place = "<!-- begin launch none.json -->\n<!-- end -->"
+    assert "Pending: `benchmarks/results/none.json` is not there yet." in report.fill(place)
+    (tmp_path / "none.json").write_text("{")
     with pytest.raises(results.Invalid, match="cannot be read"):
-        report.fill("<!-- begin launch none.json -->\n<!-- end -->")
+        report.fill(place)
+    made = run_of(1.0, 1.0, 1.0, 1.0)
+    made["launch"] = [{"case": "a call", "us": 7.25}]
+    (tmp_path / "none.json").write_text(json.dumps(made))
+    filled = report.fill(place)
+    assert "| a call | 7.2 |" in filled and "Pending" not in filled
+    assert report.fill(filled) == filled
 
 
 def test_report_of_a_repetition() -> None:
