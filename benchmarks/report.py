@@ -23,7 +23,7 @@ from typing import Any
 
 from . import compare, results
 from .revision import ROOT
-from .tables import unit
+from .tables import timed_peers, unit
 
 DOCUMENTS = ("docs/performance.md", "README.md", "README.zh-CN.md")
 PLACE = re.compile(r"(<!-- begin (\w+) (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -54,9 +54,9 @@ def machine(result: Result) -> str:
 def rates(result: Result, suite: str) -> str:
     """pfa's rate, its share of the limit, and how much faster it is than each peer."""
     rows = [r for r in result["rows"] if r["suite"] == suite]
-    peers = list(dict.fromkeys(p for r in rows for p, x in r["peers"].items() if "median" in x))
-    peers.remove("pfa")
-    label, scale = unit(result["plan"]["device"])
+    device = result["plan"]["device"]
+    peers = timed_peers(rows, device)
+    label, scale = unit(device)
     lines = []
     for row in rows:
         ours = row["peers"].get("pfa", {})

@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .plan import PEERS
+
 # Measured on 2 cores: 37 to 51 preemptions a second alone, 170 to 260 beside busy processes.
 DISTURBED = 90
 
@@ -30,11 +32,15 @@ def unit(device: str) -> tuple[str, float]:
     return ("TFLOP/s", 1e-3) if device == "cuda" else ("GFLOP/s", 1.0)
 
 
+def timed_peers(rows: list[dict[str, Any]], device: str) -> list[str]:
+    """Those beside pfa with a time in some row, in their usual order."""
+    return [p for p in PEERS[device] if any("median" in row["peers"].get(p, {}) for row in rows)]
+
+
 def rate_table(suite: str, rows: list[dict[str, Any]], device: str) -> Table:
     """A column for each peer: its rate, and how much faster pfa is."""
     label, scale = unit(device)
-    peers = list(dict.fromkeys(p for row in rows for p in row["peers"] if p != "pfa"))
-    peers = [p for p in peers if any("median" in row["peers"].get(p, {}) for row in rows)]
+    peers = timed_peers(rows, device)
     title = f"{suite}: {label} (medians), and how much faster pfa is"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("case", no_wrap=True)
