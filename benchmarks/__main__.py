@@ -119,7 +119,10 @@ def main() -> None:
         sys.exit(str(error))
     if kept:
         console.print(f"going on after {kept} of {len(measured.items())} items of {part}")
-    result = run(measured, part, options.limit, console)
+    try:
+        result = run(measured, part, options.limit, console)
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: {part} has what was done, the same command goes on from there")
     results.write(result, out)
     tables.show(result, console)
     console.print(f"written: {out}")
