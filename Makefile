@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-CPP := $(CSRC) $(wildcard tests/*/*.h tests/*/*.cpp tests/*/*.cu)
+CPP := $(CSRC) $(wildcard tests/*/*.h tests/*/*.cpp tests/*/*.cu benchmarks/cuda/*.cu)
 PY := pfa tests benchmarks examples tools setup.py
 INSTALLED := .venv/installed.stamp
 BUILT := .venv/built.stamp
@@ -24,8 +24,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test bench-cpu gpu-pack gpu-check check lint format dev sanitize clean \
-  docs pictures check-install release \
+.PHONY: help demo test bench bench-cpu bench-gpu peers gpu-pack gpu-check check lint format dev \
+  sanitize clean docs pictures check-install release \
   cuda ptxas sass sim cudasim test-sim predict third_party test-layouts have-nvcc
 
 help:  ## list the targets
@@ -37,8 +37,17 @@ demo: $(BUILT)  ## run MiniLM with pfa as its attention; writes out/minilm.png (
 test: $(BUILT)  ## build and run the tests (ARGS=... for pytest)
 	$(RUN) -m pytest -q $(ARGS)
 
-bench-cpu: $(BUILT)  ## measure the CPU backend beside its peers (ARGS="--quick --filter bf16")
-	$(RUN) -m benchmarks --suite cpu $(ARGS)
+bench: $(BUILT)  ## measure pfa beside its peers: all suites of the GPU, or of the CPU where there is none
+	$(RUN) -m benchmarks $(ARGS)
+
+bench-cpu: $(BUILT)  ## measure the CPU kernels beside their peers (ARGS="--quick --filter bf16")
+	$(RUN) -m benchmarks --device cpu --suite cpu $(ARGS)
+
+peers: $(INSTALLED)  ## install the optional peers of bench-cpu: onnxruntime and OpenVINO
+	@$(RUN) -m pip install -q -r requirements-peers.txt -c constraints.txt
+
+bench-gpu: $(BUILT)  ## measure the CUDA kernels beside their peers (after make cuda; ARGS=--quick)
+	$(RUN) -m benchmarks --device cuda --suite gpu $(ARGS)
 
 gpu-pack: $(CUDA_LIBRARY)  ## put what gpu-check needs of the build into build/gpu-pack
 	@$(RUN) tools/gpu_pack.py build/cuda build/gpu-pack

@@ -1,106 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m benchmarks: checks every peer against pfa, then times them in turns."""
+"""Checks every peer against pfa, then times them in turns.
+
+    python -m benchmarks --suite prefill,masks --device cpu --quick
+    python -m benchmarks compare BEFORE.json AFTER.json
+    python -m benchmarks plot RESULT.json
+    python -m benchmarks report
+
+A run that is interrupted goes on from there when the same command is given again.
+"""
 
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import peers, results, suites, timing
-from .suites import Case
+from . import compare, driver, machine, plan, report, results, tables
+from .plan import Plan
+from .revision import revision
 
-SECONDS_PER_CASE = 0.8
-ROUNDS = (3, 300)
 COLUMNS = (
-    TextColumn("{task.description:<28}"),
-    BarColumn(),
+    TextColumn("{task.description:<44}"),
+    BarColumn(bar_width=20),
     TextColumn("{task.percentage:3.0f}%"),
     TimeElapsedColumn(),
     TextColumn("left"),
     TimeRemainingColumn(),
 )
+BUSY = 0.1
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--suite", choices=("cpu",), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="short sequences, head_dim 64 only")
-    parser.add_argument("--filter", default="", metavar="TEXT", help="cases whose name contains it")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of every peer (2)")
-    parser.add_argument("--out", type=Path, help="JSON path (benchmarks/results/<cpu>-<sha>.json)")
-    arguments = parser.parse_args()
+def parse_arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--suite", help=f"of {', '.join(plan.SUITES)}; several with commas (the device's own)")
+    add("--device", choices=("cpu", "cuda"), help="(cuda where nvidia-smi finds a GPU)")
+    add("--quick", action="store_true", help="few and small shapes")
+    add("--filter", default="", metavar="TEXT", help="only cases whose name contains it")
+    add("--peers", default="", metavar="NAMES", help="only these beside pfa, or none (all)")
+    add("--threads", type=int, default=2, help="CPU threads of everyone (2)")
+    add("--seconds", type=float, default=0.6, help="of timing a case, at least its turns (0.6)")
+    add("--limit", type=float, default=float("inf"), help="seconds of the whole run")
+    add("--out", type=Path, help="JSON path (benchmarks/results/<suite>-<machine>-<sha>.json)")
+    add("--fresh", action="store_true", help="drop the rows of an interrupted run")
+    options = parser.parse_args(words)
+    gpu = isinstance(machine.nvidia_smi(), dict)
+    options.device = options.device or ("cuda" if gpu else "cpu")
+    if options.device == "cuda" and not gpu:
+        parser.error(f"--device cuda needs a GPU: {machine.nvidia_smi()}")
     available = len(os.sched_getaffinity(0))
-    if not 1 <= arguments.threads <= available:
-        parser.error(f"--threads must be in 1..{available} here, got {arguments.threads}")
-    return arguments
+    if not 1 <= options.threads <= available:
+        parser.error(f"--threads must be in 1..{available} here, got {options.threads}")
+    if options.seconds <= 0 or options.limit <= 0:
+        parser.error(f"--seconds and --limit must be positive, got {options.seconds:g} and "
+                     f"{options.limit:g}")  # fmt: skip
+    options.suite = options.suite or {"cpu": "cpu", "cuda": "gpu"}[options.device]
+    try:
+        options.suites = plan.resolve(options.suite.split(","), options.device)
+        options.peers = check_peers(options.peers, options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
 
 
-def measure_case(case: Case, vllm: peers.Vllm | None) -> dict[str, Any]:
-    group = peers.make_peers(case, vllm)
-    difference = max(peers.check(case, group[0], peer) for peer in group[1:])
-    calls = {peer.name: peer.run for peer in group}
-    before, start = timing.preemptions(), time.perf_counter()
-    times = timing.interleave(calls, SECONDS_PER_CASE, ROUNDS)
-    rate = (timing.preemptions() - before) / (time.perf_counter() - start)
-    row = results.make_row(case, times, {peer.name: peer.note for peer in group}, difference)
-    return row | {"preemptions": round(rate, 1)}
+def check_peers(text: str, device: str) -> tuple[str, ...]:
+    known = plan.PEERS[device]
+    chosen = tuple(name for name in text.split(",") if name)
+    if unknown := set(chosen) - {*known, "none"}:
+        raise ValueError(
+            f"--peers must name peers of {', '.join(known)}, got {', '.join(sorted(unknown))}"
+        )
+    return chosen
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    made = Plan(
+        options.device, options.suites, options.quick, options.filter, options.peers,
+        options.threads, options.seconds,
+    )  # fmt: skip
+    if options.filter and not any(item.case for item in made.items()):
+        example = next(x.case for x in Plan(options.device, ("prefill",)).items() if x.case)
+        sys.exit(f"--filter must be part of a case's name such as {str(example)!r}, "
+                 f"got {options.filter!r}")  # fmt: skip
+    return made
+
+
+def name_of_machine(device: str) -> str:
+    found = machine.nvidia_smi()
+    return found["name"] if device == "cuda" and isinstance(found, dict) else machine.processor()[0]
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
-    console = Console()
-    cases = [c for c in suites.cpu_suite(arguments.quick) if arguments.filter in str(c)]
-    if not cases:
-        sys.exit(f"--filter must be part of a case's name such as {suites.cpu_suite(True)[0]}, "
-                 f"got {arguments.filter!r}")  # fmt: skip
-    vllm, note = peers.find_vllm()
-    console.print(note)
-    environment = results.environment(arguments.threads)
-    console.print(
-        f"{environment['cpu']}, isa {environment['isa']}, {arguments.threads} threads, "
-        f"torch {environment['torch']}"
+    words = sys.argv[1:]
+    commands = {"compare": compare.main, "report": report.main}
+    if words and words[0] in commands:
+        return commands[words[0]](words[1:])
+    if words and words[0] == "plot":
+        from . import plot  # needs matplotlib, which a GPU machine may lack
+
+        return plot.main(words[1:])
+    options = parse_arguments(words)
+    measured = make_plan(options)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    label = options.suite.replace(",", "+")
+    out = options.out or results.default_path(
+        measured, label, name_of_machine(options.device), revision()
     )
-    if (environment["busy"] or 0) > 0.1:
-        share = f"{100 * environment['busy']:.0f}%"
-        console.print(f"[yellow]other processes take {share} of this machine: expect noise[/]")
-    memory_cases = () if arguments.filter or arguments.quick else timing.MEMORY_CASES
-    rows, memory = [], []
-    with Progress(*COLUMNS, console=console) as progress:
-        # A case costs its time budget or its least rounds, whichever is longer.
-        costs = [SECONDS_PER_CASE + 2e-11 * case.nominal_flops for case in cases]
-        task = progress.add_task("limits", total=sum(costs) + 4.0 * len(memory_cases))
-        limits = timing.measure_limits()
-        for case, cost in zip(cases, costs, strict=True):
-            progress.update(task, description=str(case))
-            rows.append(measure_case(case, vllm))
-            progress.advance(task, cost)
-        for dtype, pattern in memory_cases:
-            name = f"memory {dtype} {pattern}"
-            progress.update(task, description=name)
-            extra = timing.measure_memory(dtype, pattern, arguments.threads)
-            memory.append({"case": name, "bytes": extra})
-            progress.advance(task, 4.0)
-    for table in results.rate_tables(rows, limits):
-        console.print(table)
-    if disturbed := sum(map(results.is_disturbed, rows)):
-        console.print(f"[yellow]~: other processes disturbed {disturbed} of {len(rows)} cases[/]")
-    if memory:
-        console.print(results.memory_table(memory, timing.MEMORY_LIMIT))
-    result = {
-        "environment": environment,
-        "peers": note,
-        "limits": limits,
-        "rows": rows,
-        "memory": memory,
-    }
-    console.print(f"written: {results.write(result, arguments.suite, arguments.out)}")
+    part = out.with_name(f"{out.name}.part")
+    try:
+        kept = driver.open_rows(part, measured, options.fresh)
+    except (driver.OtherRun, OSError) as error:
+        sys.exit(str(error))
+    if kept:
+        console.print(f"going on after {kept} of {len(measured.items())} items of {part}")
+    try:
+        result = run(measured, part, options.limit, console)
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: {part} has what was done, the same command goes on from there")
+    results.write(result, out)
+    tables.show(result, console)
+    console.print(f"written: {out}")
+    if result["not_run"]:
+        sys.exit(f"{len(result['not_run'])} items are missing; the same command goes on with them")
+    part.unlink()
+
+
+def run(measured: Plan, part: Path, limit: float, console: Console) -> dict:
+    busy = machine.busy()
+    if measured.device == "cpu" and (busy or 0) > BUSY:
+        console.print(f"[yellow]other processes take {100 * busy:.0f}% of this machine: noise[/]")
+    items = measured.items()
+    with Progress(*COLUMNS, console=console, refresh_per_second=1) as bar:
+        task = bar.add_task("starting", total=sum(map(measured.cost, items)))
+        problem = driver.run(
+            measured,
+            part,
+            limit,
+            lambda key, done: bar.update(task, description=key or "starting", completed=done),
+        )
+    return results.collect(part, problem)
 
 
 if __name__ == "__main__":

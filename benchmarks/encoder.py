@@ -29,7 +29,8 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from pfa.integrations.transformers import pfa_attention_forward
 
-from .results import environment
+from .machine import environment
+from .revision import revision
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 VOCABULARY = (1000, 29000)  # ids of ordinary tokens
@@ -163,7 +164,10 @@ def main() -> None:
     for name, kept in PEERS.items():
         AttentionInterface.register(f"kept-{name}", kept)
         AttentionMaskInterface.register(f"kept-{name}", sdpa_mask)
-    result = {"environment": environment(arguments.threads), "layers": arguments.layers}
+    result = {
+        "environment": environment("cpu", arguments.threads) | revision(),
+        "layers": arguments.layers,
+    }
     cells: list[dict[str, Any]] = []
     for dtype in arguments.dtypes.split(","):
         model = load(DTYPES[dtype], arguments.layers)

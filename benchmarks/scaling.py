@@ -31,7 +31,8 @@ from rich.table import Table
 from pfa.distributed import StepReport, context_parallel_forward, shard_sequence
 from pfa.distributed.plan import Rule, Shape, Step, Work, make_plan
 
-from .results import environment
+from .machine import environment
+from .revision import revision
 
 FOLDER = Path(__file__).with_name("results")
 NUM_HEADS, HEAD_DIM = 32, 128
@@ -413,7 +414,7 @@ def main() -> None:
     result = {
         "note": "rows are modelled from counted work, predicted kernel rates and stated links; "
         "only 'measured' was measured, on the processor named",
-        "environment": environment(1) | {"cores": os.cpu_count()},
+        "environment": environment("cpu", 1) | revision() | {"cores": os.cpu_count()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "stated": dataclasses.asdict(gpu) | {"memory_bytes": MEMORY},
         "predicted_kernel": dataclasses.asdict(kernel),

@@ -1,119 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved timing, measured ceilings, and the peak memory of one call in its own process.
+"""Times calls in turns: A A B B A A B B ... Each turn begins with a call that is not counted.
 
-``python -m benchmarks.timing DTYPE PATTERN THREADS`` prints the extra memory of that call in bytes.
+A summary keeps the median, the 20th and 80th percentile, and the noise: the range of the turns'
+medians over the median. Turns lie apart in time, so that noise sees what a busy or throttled
+machine does to a whole run; `compare` decides by it.
 """
 
-import resource
+from __future__ import annotations
+
+import math
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch.utils import benchmark
 
-from . import peers
-from .suites import Case
+TURNS = 3
+FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU so far
+CALLS = (2, 200)  # of one peer in a turn on a GPU
 
-MEMORY_SEQLEN, MEMORY_HEAD_DIM = 16384, 128
-MEMORY_CASES = (
-    ("bf16", "full"),
-    ("bf16", "causal3"),
-    ("bf16", "band"),
-    ("fp16", "band"),
-    ("int8", "band"),
-    ("int8", "full"),
-)
-MEMORY_LIMIT = 64 << 20
+
+class Clock(Protocol):
+    def turn(self, call: Callable[[], Any], seconds: float) -> list[float]:
+        """Seconds per call of about as many calls as fit."""
+
+    def end_to_end(self, call: Callable[[], Any]) -> float | None:
+        """Seconds on the host until the result is there; None where a turn says the same."""
+
+
+class CpuClock:
+    def turn(self, call: Callable[[], Any], seconds: float) -> list[float]:
+        threads = torch.get_num_threads()
+        timer = benchmark.Timer("call()", globals={"call": call}, num_threads=threads)
+        return timer.blocked_autorange(min_run_time=seconds).times
+
+    def end_to_end(self, call: Callable[[], Any]) -> float | None:
+        return None
+
+
+class CudaClock:
+    """Every call begins with an L2 that holds none of its inputs. The flush also keeps the GPU busy
+    while the CPU prepares the launch, so that between two events lies the GPU's time alone: of all
+    kernels of the call, its pre-passes too."""
+
+    def __init__(self) -> None:
+        self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def turn(self, call: Callable[[], Any], seconds: float) -> list[float]:
+        call()
+        once = self._times(call, 1)[0]
+        least, most = CALLS
+        return self._times(call, min(most, max(least, round(seconds / max(once, 1e-6)))))
+
+    def _times(self, call: Callable[[], Any], calls: int) -> list[float]:
+        events = []
+        for _ in range(calls):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.flushed.zero_()
+            begin.record()
+            call()
+            end.record()
+            events.append((begin, end))
+        torch.cuda.synchronize()
+        return [1e-3 * begin.elapsed_time(end) for begin, end in events]
+
+    def end_to_end(self, call: Callable[[], Any]) -> float | None:
+        self.flushed.zero_()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
 
 
 def interleave(
-    calls: dict[str, Callable[[], Any]], seconds: float, rounds: tuple[int, int]
+    calls: dict[str, Callable[[], Any]], clock: Clock, seconds: float
 ) -> dict[str, dict[str, float]]:
-    """Times A B A B ... for about ``seconds``; statistics in seconds per call."""
-    least, most = rounds
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    begin = time.perf_counter()
-    for done in range(most):
-        if done >= least and time.perf_counter() - begin > seconds:
-            break
+    """Summaries in seconds per call, of about `seconds` for all of them together."""
+    share = seconds / (TURNS * len(calls))
+    turns: dict[str, list[list[float]]] = {name: [] for name in calls}
+    whole: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(TURNS):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: summarise(values) for name, values in times.items()}
+            turns[name].append(clock.turn(call, share))
+            taken = clock.end_to_end(call)
+            if taken is not None:
+                whole[name].append(taken)
+    summaries = {name: summarise(x) for name, x in turns.items()}
+    for name, values in whole.items():
+        if values:
+            summaries[name]["end_to_end"] = statistics.median(values)
+    return summaries
 
 
-def preemptions() -> int:
-    """How often this process was pushed off a processor so far: the trace of a busy machine."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-
-
-def summarise(values: list[float]) -> dict[str, float]:
-    ordered = sorted(values)
+def summarise(turns: list[list[float]]) -> dict[str, float]:
+    ordered = sorted(x for turn in turns for x in turn)
     last = len(ordered) - 1
+    median = statistics.median(ordered)
+    medians = [statistics.median(turn) for turn in turns]
     return {
-        "median": statistics.median(ordered),
-        "p20": ordered[round(0.2 * last)],
-        "p80": ordered[round(0.8 * last)],
-        "rounds": len(ordered),
+        "median": median,
+        "p20": ordered[math.floor(0.2 * last)],
+        "p80": ordered[math.ceil(0.8 * last)],
+        "samples": len(ordered),
+        "noise": (max(medians) - min(medians)) / median,
     }
 
 
-def measure_limits() -> dict[str, float | None]:
-    """Rates of torch's own products (GFLOP/s, 2 per multiply-add) and of exp (1e9 / s)."""
-    size = 2048
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    a8, b8 = (torch.randint(-127, 127, (size, size), dtype=torch.int8) for _ in range(2))
-    scores = torch.randn(1 << 20)
-    products = {
-        "bf16": (torch.mm, a.bfloat16(), b.bfloat16()),
-        "fp32": (torch.mm, a, b),
-        "int8": (torch._int_mm, a8, b8),
-    }
-    limits: dict[str, float | None] = {}
-    for name, (product, x, y) in products.items():
-        try:
-            limits[name] = 2e-9 * size**3 / _best(lambda p=product, x=x, y=y: p(x, y))
-        except RuntimeError:  # not every torch has every product on the CPU
-            limits[name] = None
-    limits["exp"] = 1e-9 * scores.numel() / _best(lambda: torch.exp(scores, out=scores))
-    return limits
-
-
-def _best(call: Callable[[], Any]) -> float:
+def best(call: Callable[[], Any], clock: Clock, seconds: float = 0.3) -> float:
+    """The 20th percentile of one turn; of something slow, its first call."""
+    start = time.perf_counter()
     call()
-    return interleave({"": call}, 0.5, (3, 50))[""]["p20"]
+    if (once := time.perf_counter() - start) > seconds:
+        return once
+    return summarise([clock.turn(call, seconds)])["p20"]
 
 
-def measure_memory(dtype: str, pattern: str, threads: int) -> int:
-    """Peak bytes beyond inputs and output of one long call, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.timing", dtype, pattern, str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"the memory measurement of {dtype} {pattern} failed:\n{done.stderr}")
-    return int(done.stdout)
-
-
-def _print_memory(dtype: str, pattern: str, threads: str) -> None:
-    torch.set_num_threads(int(threads))
-    # The same call on 256 rows sets up libraries and thread stacks.
-    peers.make_pfa(Case(dtype, 256, MEMORY_HEAD_DIM, pattern)).run()
-    peer = peers.make_pfa(Case(dtype, MEMORY_SEQLEN, MEMORY_HEAD_DIM, pattern))
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present size
-    before = _status("VmRSS")
-    out = peer.run()
-    extra = _status("VmHWM") - before - out.numel() * out.element_size()
-    sys.stdout.write(f"{extra}\n")
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key + ":"))
-
-
-if __name__ == "__main__":
-    _print_memory(*sys.argv[1:])
+def kernels(call: Callable[[], Any], device: str) -> dict[str, float] | str:
+    """Seconds of each kernel (on a CPU: each operator) of one call, or why they are not known."""
+    kind = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else None
+    activities = [kind] if kind else [torch.profiler.ProfilerActivity.CPU]
+    try:
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+        found = {
+            event.key: 1e-6 * (event.self_device_time_total or event.self_cpu_time_total)
+            for event in profile.key_averages()
+        }
+    except RuntimeError as error:  # no CUPTI, or no permission to use it
+        return f"not known: {error}"
+    return {name: x for name, x in found.items() if x > 0}

@@ -15,19 +15,16 @@ import gpu_pack
 import pytest
 import torch
 
+from benchmarks import process
 from benchmarks.gpu_check import (
     __main__,
-    cases,
     environment,
-    peers,
-    process,
     sanitizer,
     suites,
     summary,
-    timing,
     timing_stage,
 )
-from benchmarks.gpu_check.cases import Case
+from benchmarks.plan import Plan
 
 
 def python(code: str) -> list[str]:
@@ -108,6 +105,8 @@ def test_interrupted_tests_are_counted(tmp_path, monkeypatch, parallel) -> None:
     )
     words = [sys.executable, "-m", "pytest", "-v", f"--rootdir={tmp_path}", "-c", "/dev/null"]
     words += ["-p", "no:cacheprovider", f"--junitxml={tmp_path}/matrix.xml", *parallel]
+    if not parallel:  # it starts in half the time without
+        monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setattr(suites, "command", lambda kind, out: [*words, str(tmp_path)])
     result = suites.check("matrix", tmp_path, 8.0 if parallel else 5.0)
     assert result["status"] == "failed" and "not finished after" in result["reason"]
@@ -194,113 +193,57 @@ def test_sanitizer_without_time(tools, tmp_path) -> None:
     assert result["status"] == "ok"
 
 
-class FakeClock:
-    """Each call takes one second longer than the one before, in the order of the calls."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def start(self, call):
-        call()
-        self.now += 1.0
-        return self.now
-
-    def seconds(self, started):
-        return started
-
-
-def test_calls_are_interleaved() -> None:
-    order: list[str] = []
-    calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = timing.interleave(calls, FakeClock(), seconds=0.0)
-    least = timing.ROUNDS[0]
-    assert order == ["a", "b"] * (2 + least)  # to warm up, and to see how long they take
-    assert times["a"]["rounds"] == least
-    assert times["b"]["median"] - times["a"]["median"] == 1.0
-    assert timing.interleave(calls, FakeClock(), seconds=1e9)["a"]["rounds"] == timing.ROUNDS[1]
-
-
-def small(dtype: str, pattern: str) -> Case:
-    return Case(dtype, 16, pattern, 32, tokens=64, width=32)
-
-
-@pytest.mark.parametrize("pattern", ["full", "causal", "random", "bias"])
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8"])
-def test_measure_on_the_cpu(dtype: str, pattern: str) -> None:
-    """With the CPU's kernels; torch has no others than FLASH there."""
-    row = timing.measure(small(dtype, pattern), "cpu", FakeClock())
-    assert set(row["times"]) == {"pfa", "flash"} | ({"pfa-fp16"} if dtype == "int8" else set())
-    assert set(row["missing"]) == {"efficient", "cudnn"}
-    assert row["ratios"]["flash"] > 0 and row["targets"] == []
-    assert max(row["differences"].values()) > 0
-    assert "is missing" in "\n".join(summary.timing_lines({"rows": [row]}))
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("pattern", ["full", "causal", "random", "bias"])
-def test_flex(monkeypatch, pattern: str) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    case = Case("bf16", 16, pattern, 128, tokens=256, width=32)
-    row = timing.measure(case, "cpu", FakeClock(), with_flex=True)
-    assert set(row["times"]) == {"pfa", "flex"}, row["missing"]
-
-
-def test_wrong_results_are_not_timed(monkeypatch) -> None:
-    make = peers.make
-
-    def wrong(inputs, with_flex):
-        calls = make(inputs, with_flex)
-        return calls | {"flash": lambda: calls["pfa"]() + torch.nan}
-
-    monkeypatch.setattr(peers, "make", wrong)
-    row = timing.measure(small("fp16", "full"), "cpu", FakeClock())
-    assert set(row["times"]) == {"pfa"}
-    assert row["missing"]["flash"] == "its result differs from ours by nan"
-
-
-def times(**medians: float) -> dict[str, dict[str, float]]:
-    return {name: {"median": x, "p20": x, "p80": 1.1 * x} for name, x in medians.items()}
-
-
-def test_targets() -> None:
-    row = timing.rate(Case("fp16", 128, "full", 4096), times(pfa=1.0, flash=0.94))
-    assert row["ratios"] == {"flash": 0.94}
-    assert [x["met"] for x in row["targets"]] == [False]
-    row = timing.rate(Case("fp16", 128, "bias", 4096), times(pfa=1.0, flash=9.0))
-    assert [(x["ratio"], x["met"]) for x in row["targets"]] == [(None, None)]
-    row = timing.rate(Case("int8", 128, "full", 4096), times(pfa=1.0, flash=1.4))
-    assert [x["met"] for x in row["targets"]] == [True]
-    matched = [t for t in cases.TARGETS if any(t.applies(c) for c in cases.timed_cases()[:10])]
-    assert matched == list(cases.TARGETS)  # what has a target comes first
-
-
+PLAN = Plan("cuda", ("prefill",), quick=True, filter="D128 full")
 WORKER = """
-import json, sys
-path, first = sys.argv[1], int(sys.argv[2])
-def row(i): open(path, "a").write(json.dumps({"case": str(i)}) + "\\n")
-if first == 0: row(0); row(1); sys.exit("CUDA error: gone")
-if first == 2: open(path, "a").write('{"case'); sys.exit(1)
-if first == 3: row(3)
+import dataclasses, json, sys
+from benchmarks import plan, rows
+made, path = plan.Plan.from_json(sys.argv[1]), __import__("pathlib").Path(sys.argv[2])
+for item in made.items():
+    if item.key in rows.read(path):
+        continue
+    row = {"key": item.key, "status": "ok"}
+    if item.kind == "environment":
+        row |= {"environment": {"gpu": "G"}, "peers": {"found": {}, "missing": {"fa3": "no"}}}
+    elif item.case:
+        rows.append(path, {"key": item.key, "began": True})
+        BREAK
+        about = dataclasses.asdict(item.case) | {"case": str(item.case), "suite": item.suite}
+        row["row"] = about | {"status": "ok", "flop": 1, "peers": {}, "targets": []}
+    rows.append(path, row)
 """
 
 
-def test_timing_goes_on_after_a_crash(tmp_path, monkeypatch) -> None:
-    (tmp_path / "worker_of_timing.py").write_text(WORKER)
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """Makes a module that does the work, as benchmarks.worker does, and breaks."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    result = timing_stage.check(tmp_path / "rows", 60, module="worker_of_timing")
-    assert [row["case"] for row in result["rows"]] == ["0", "1", str(cases.work()[2][0]), "3"]
-    assert "error" in result["rows"][2]
-    assert result["status"] == "failed" and result["reason"] == "1 of 4 cases failed."
+
+    def make(code: str) -> str:
+        (tmp_path / "worker_of_timing.py").write_text(WORKER.replace("BREAK", code))
+        return "worker_of_timing"
+
+    return make
 
 
-def test_timing_keeps_its_rows_when_time_is_up(tmp_path, monkeypatch) -> None:
-    (tmp_path / "slow_of_timing.py").write_text(
-        "import sys, time; print('{}', file=open(sys.argv[1], 'a'), flush=True); time.sleep(60)"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    result = timing_stage.check(tmp_path / "rows", 2, module="slow_of_timing")
-    assert result["status"] == "ok" and len(result["rows"]) == 1
+def test_timing_goes_on_after_a_crash(tmp_path, worker) -> None:
+    module = worker("item.case.seqlen == 4096 and item.case.dtype == 'bf16' and sys.exit('gone')")
+    result = timing_stage.check(tmp_path, 60, PLAN, module)
+    lost = "prefill: bf16 D128 full 4096"
+    assert len(result["result"]["rows"]) == sum(x.case is not None for x in PLAN.items()) - 1
+    assert [x["item"] for x in result["result"]["problems"]] == [lost]
+    assert result["status"] == "failed" and f"{lost}: its process ended" in result["reason"]
+    assert "gone" in result["reason"]
+    text = "\n".join(summary.timing_lines(result))
+    assert "fa3 is missing: no" in text and f"{lost}: its process ended" in text
+    assert json.loads((tmp_path / "timing.json").read_text())["schema"] == 2
+
+
+def test_timing_keeps_its_rows_when_time_is_up(tmp_path, worker) -> None:
+    module = worker("item.case.seqlen == 1024 and __import__('time').sleep(60)")
+    result = timing_stage.check(tmp_path, 6, PLAN, module)
+    assert result["status"] == "ok" and len(result["result"]["rows"]) >= 1
     assert result["reason"].startswith("the time was up")
+    assert result["result"]["not_run"]
 
 
 def stage(name: str, seconds: float, run, needs_gpu: bool = True) -> __main__.Stage:
@@ -344,8 +287,8 @@ def test_without_a_gpu_nothing_else_runs(tmp_path) -> None:
 
 
 def test_a_summary_that_fails_says_so(tmp_path) -> None:
-    odd = stage("timing", 9, lambda c, s: {"status": "ok", "rows": 5})
-    assert run_all([odd], tmp_path, 60)["timing"]["rows"] == 5
+    odd = stage("timing", 9, lambda c, s: {"status": "ok", "result": 5})
+    assert run_all([odd], tmp_path, 60)["timing"]["result"] == 5
     assert "cannot be shown: TypeError" in (tmp_path / "summary.txt").read_text()
 
 
@@ -360,7 +303,7 @@ def test_dry_run_names_every_command(tmp_path) -> None:
         assert f"{s.name} (" in done.stdout
     assert "--backend cuda" in done.stdout and "tests/test_gpu.py" in done.stdout
     assert done.stdout.count("--tool racecheck") == len(sanitizer.CASES)
-    assert "fp16 D128 full 4096" in done.stdout
+    assert "prefill: fp16 D128 full 4096" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

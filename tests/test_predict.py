@@ -15,7 +15,7 @@ from predict_report import show
 from predictions import MACHINES
 from rich.console import Console
 
-from benchmarks.gpu_check.cases import Case
+from benchmarks.cases import Case
 
 # Takes the place of the harness. Sampling a mask's pre-pass would leave the mask incomplete.
 HARNESS = """#!/usr/bin/env python3

@@ -28,7 +28,7 @@ from predictions import DENSE, MACHINES, ROUNDS, SLICE, Machine, Target
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.gpu_check.cases import Case
+from benchmarks.cases import Case
 from benchmarks.revision import ROOT, revision
 
 ENTRY = re.compile(rb"\.entry (\w+)\(.*?\)\s*((?:\.\w+[ \d,]*\s*)*)\{", re.S)

@@ -64,7 +64,7 @@ STAGES = [
         "timing",
         100,
         lambda c: timing_stage.plan(),
-        lambda c, s: timing_stage.check(c.out / "timing.jsonl", s),
+        lambda c, s: timing_stage.check(c.out, s),
     ),
     Stage(
         "sanitizer",

@@ -2,7 +2,6 @@
 """Which machine, which software, which library. A child process asks torch: a GPU that cannot be
 used must not end the whole check."""
 
-import datetime
 import json
 import os
 import platform
@@ -12,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..machine import ABOUT_GPU, now, nvidia_smi
+from ..process import run
 from ..revision import revision
-from .process import run
 
-QUERY = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.sm,temperature.gpu"
 ABOUT_TORCH = """
 import json, torch
 found = {"torch": torch.__version__, "torch_cuda": torch.version.cuda}
@@ -39,13 +38,16 @@ print("FOUND " + json.dumps(found))
 
 
 def plan() -> list[str]:
-    return [f"nvidia-smi --query-gpu={QUERY}", "torch, the GPU, the library and its architectures"]
+    return [
+        f"nvidia-smi --query-gpu={ABOUT_GPU}",
+        "torch, the GPU, the library and its architectures",
+    ]
 
 
 def collect(pack: Path | None, seconds: float) -> dict[str, Any]:
     found = {
         "status": "ok",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "python": platform.python_version(),
         "cpus": len(os.sched_getaffinity(0)),
         **source(pack),
@@ -69,17 +71,6 @@ def source(pack: Path | None) -> dict[str, Any]:
 def read_manifest(pack: Path | None) -> dict[str, Any] | None:
     path = pack and pack / "manifest.json"
     return json.loads(path.read_text()) if path and path.exists() else None
-
-
-def nvidia_smi() -> dict[str, str] | str:
-    try:
-        done = run(["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"], 20)
-    except FileNotFoundError:
-        return "nvidia-smi was not found"
-    if done.returncode != 0:
-        return f"nvidia-smi ended with {done.returncode}: {done.output.strip()[-300:]}"
-    values = done.output.strip().partition("\n")[0].split(", ")
-    return dict(zip(QUERY.split(","), values, strict=False))
 
 
 def about_torch(seconds: float) -> dict[str, Any]:

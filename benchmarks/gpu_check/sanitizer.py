@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..process import Outcome, run
 from .environment import find_tool
-from .process import Outcome, run
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 CASE_SECONDS = 40.0

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .process import run
+from ..process import run
 
 LISTED = 40  # failures that are written down
 GPU_ONLY = "tests/test_gpu.py"

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report as JSON and as text that a person reads."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+
+from .. import tables
 
 # What these checks themselves have not been through. A line leaves when a report has shown it.
 NOT_RUN_YET = (
@@ -77,36 +82,11 @@ def sanitizer_lines(result: dict[str, Any]) -> list[str]:
 
 
 def timing_lines(result: dict[str, Any]) -> list[str]:
-    """TFLOP/s by the median time, and our speed over each peer's; ~ where the 80th percentile of
-    the times is 5 % over the 20th."""
-    rows = [row for row in result.get("rows", []) if "times" in row]
-    names = list(dict.fromkeys(name for row in rows for name in row["times"]))
-    lines = [f"{'TFLOP/s':<24}" + "".join(f"{name:>18}" for name in names)] if rows else []
-    for row in rows:
-        cells = "".join(f"{cell(row, name):>18}" for name in names)
-        lines.append(f"{row['case']:<24}{cells}")
-    for row in result.get("rows", []):
-        if "error" in row:
-            lines.append(f"FAILED {row['case']}: {row['error'][:200]}")
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        for name, why in row["missing"].items():
-            reasons.setdefault(f"{name} is missing: {why[:160]}", []).append(row["case"])
-    lines += [f"{why} ({len(cases)} cases, first {cases[0]})" for why, cases in reasons.items()]
-    for target in result.get("targets", []):
-        verdict = {True: "met", False: "MISSED", None: "unknown"}[target["met"]]
-        ratio = "-" if target["ratio"] is None else f"{target['ratio']:.2f}x"
-        lines.append(f"target {target['target']}: {target['case']} {ratio} {verdict}")
-    return lines
-
-
-def cell(row: dict[str, Any], name: str) -> str:
-    summary = row["times"].get(name)
-    if summary is None:
-        return "-"
-    noisy = "~" if summary["p80"] > 1.05 * summary["p20"] else ""
-    ratio = f" {row['ratios'][name]:.2f}x" if name in row["ratios"] else ""
-    return f"{summary['tflops']:.0f}{noisy}{ratio}"
+    if "result" not in result:
+        return []
+    console = Console(file=io.StringIO(), width=200)
+    tables.show(result["result"], console)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
 DETAILS = {
