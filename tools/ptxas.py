@@ -29,13 +29,6 @@ ALLOWED: list[tuple[str, int, str]] = [
         480,
         "32 rows per warp: O and S take 192 of 255 registers",
     ),
-    (
-        r"sm90::Traits<.*, 64, .*Band, false>",
-        24,
-        "three warpgroups leave a thread 160 registers: O, S and P take 128; the flag of the rare "
-        "second run lies in local memory",
-    ),
-    (r"sm90::Traits<.*, 256, ", 32, "the whole register file is O, S, P and the loop's addresses"),
     (r"sm80::Traits<", 200, "a few values that live across the loop, beside it"),
 ]
 

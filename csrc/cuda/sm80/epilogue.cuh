@@ -26,10 +26,16 @@ class Epilogue {
     mainloop.softmax.finalise();
     __syncthreads();  // nobody reads shared memory any more
     epilogue.exchange(sums);
-    if (p.lse != nullptr) epilogue.keep_maxima(mainloop);
     if (p.split.count > 1) {
       epilogue.store_split(mainloop, second);
-    } else if (p.dtype_out == DType::kInt8) {
+      return;
+    }
+    if (p.lse != nullptr) {
+      epilogue.keep_maxima(mainloop);
+      __syncthreads();
+      epilogue.store_lse(second);
+    }
+    if (p.dtype_out == DType::kInt8) {
       epilogue.load_output_scales();
       __syncthreads();
       epilogue.template stage<1>(mainloop);
@@ -40,7 +46,6 @@ class Epilogue {
       __syncthreads();
       epilogue.template copy<2>(second);
     }
-    if (p.lse != nullptr && p.split.count == 1) epilogue.store_lse(second);
   }
 
  private:

@@ -23,9 +23,8 @@ struct Tile {
 
 // The tile plan. The packed mask is kept in cells of 64 keys, and classifies tiles that divide 256;
 // the bias arrives in boxes of 64 keys. Predicted for an H100, fp16, 16384 tokens, in TFLOP/s at
-// 512 and 4096 keys:
-//   D64:  128x128, 4 stages 331 and 430; 192x128, 4 stages 329 and 451, but 141 instead of 205 at
-//         512 keys with a causal mask, whose three blocks of rows make no pairs
+// 512 and 4096 keys, before softmax did without maxima and blocks ran into each other:
+//   D64:  128x128, 4 stages 331 and 430; 192x128, 4 stages 329 and 451
 //   D128: 128x128, 2 stages 478 and 605; 3 stages 432 and 597
 //   D256: 128x80 500 and 686
 PFA_HOST_DEVICE constexpr Tile tile_of(int head_dim, bool is_dense, bool has_bias) {
