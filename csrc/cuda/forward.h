@@ -45,7 +45,8 @@ void forward(const Problem& problem, const Resources& resources);
 // The kernels inside, and what those left out: "sm80 float16 D128;sm90 float16 D128;no pse_shift".
 [[nodiscard]] std::string kernels();
 
-// Can kernels on the current device read and write ordinary host memory?
+// Can kernels on the device read and write ordinary host memory? No where there is no GPU or
+// driver.
 [[nodiscard]] bool reads_host_memory(int device);
 
 }  // namespace pfa::cuda
