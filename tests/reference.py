@@ -240,6 +240,10 @@ def softmax(s: Tensor) -> Tensor:
     return e / torch.where(total == 0, 1.0, total)
 
 
+# By how much a P may be off before it is rounded to int8, relative: 1/500 of the smallest step.
+P_ERROR = 2.0**-16
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a backend cuts the keys of a row; it decides which roundings an int8 P sees."""
@@ -247,6 +251,8 @@ class Plan:
     block_m: int  # rows that share their tiles
     block_n: int  # keys of a tile; tiles start at multiples of it
     num_splits: int = 1  # runs of tiles that have a running maximum each
+    whole_sums: bool = False  # sums of P V are integers, rounded where a maximum grows
+    p_error: float = P_ERROR
 
 
 def tiled(p: Parts, plan: Plan | None = None, p_error: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -254,7 +260,8 @@ def tiled(p: Parts, plan: Plan | None = None, p_error: float = 0.0) -> tuple[Ten
 
     None is one tile: the reference. Returns (o, slack), both (B, N, Sq, D) fp64 and before
     requantise. slack bounds how far o moves when every exp is off by up to a relative `p_error`:
-    only a P that lies that close to a rounding boundary can land on the other integer.
+    only a P that lies that close to a rounding boundary can land on the other integer. With
+    whole_sums, o may also be half a unit off for each maximum that grew.
     """
     keys = p.k.shape[2]
     plan = plan or Plan(max(p.q.shape[2], 1), max(keys, 1))
@@ -265,7 +272,7 @@ def tiled(p: Parts, plan: Plan | None = None, p_error: float = 0.0) -> tuple[Ten
         j = torch.arange(keys)
         inside = (first[..., None] <= j) & (j < last[..., None])
         s = scores.masked_fill(~inside[:, None], -torch.inf)
-        runs.append(_run(p, s, plan.block_n, p_error))
+        runs.append(_run(p, s, plan, p_error))
     peak = torch.stack([run[0] for run in runs]).amax(0)
     total, o, slack = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     for run_peak, run_total, run_o, run_slack in runs:
@@ -300,9 +307,9 @@ def _cuts(p: Parts, plan: Plan) -> list[Tensor]:
     ]
 
 
-def _run(p: Parts, s: Tensor, width: int, p_error: float) -> tuple[Tensor, ...]:
+def _run(p: Parts, s: Tensor, plan: Plan, p_error: float) -> tuple[Tensor, ...]:
     """One running maximum over all tiles: (peak, total, o, slack), o and slack not normalised."""
-    v = p.v.double()
+    v, width = p.v.double(), plan.block_n
     keys = s.shape[-1]
     peak = torch.full((*s.shape[:-1], 1), -torch.inf, dtype=torch.float64)
     total, o, slack = (torch.zeros((), dtype=torch.float64) for _ in range(3))
@@ -318,6 +325,8 @@ def _run(p: Parts, s: Tensor, width: int, p_error: float) -> tuple[Tensor, ...]:
         total = total * rescale + e.sum(-1, keepdim=True)
         o = o * rescale + (p8 @ v[..., part, :]) * p.descale_o
         slack = slack * rescale + (flips @ v[..., part, :].abs()) * abs(p.descale_o)
+        if plan.whole_sums:
+            slack = slack + ((0 < rescale) & (rescale < 1)) * (0.5 * abs(p.descale_o))
         peak = new_peak
     return peak, total, o, slack
 

@@ -49,9 +49,9 @@ def speed_table(rows: list[dict[str, Any]], machine: Machine) -> Table:
     )
     for name, line in cells.items():
         table.add_row(name, blocks[name], *(number(line.get(s)) for s in seqlens))
-        _, head_dim, pattern = name.split()
-        peer = machine.peer_tflops.get((int(head_dim[1:]), pattern), {})
-        if peer and name.startswith("fp16"):
+        dtype, head_dim, pattern = name.split()
+        peer = machine.peer_tflops.get((dtype, int(head_dim[1:]), pattern), {})
+        if peer:
             words = (f"[dim]{number(peer.get(s))}[/]" for s in seqlens)
             table.add_row(f"[dim]  {machine.peer}[/]", "", *words)
     return table

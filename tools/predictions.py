@@ -50,8 +50,10 @@ class Machine:
     targets: tuple[Target, ...]
     rounds: int = ROUNDS
     counts_first_reads: bool = False  # as the peer's figures do
-    peer: str = ""  # whose predicted TFLOP/s stand beside ours, by (head_dim, pattern)
-    peer_tflops: dict[tuple[int, str], dict[int, float]] = dataclasses.field(default_factory=dict)
+    peer: str = ""  # whose predicted TFLOP/s stand beside ours, by (dtype, head_dim, pattern)
+    peer_tflops: dict[tuple[str, int, str], dict[int, float]] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 def speeds(dtype: str, seqlens: tuple[int, ...]) -> list[Case]:
@@ -104,21 +106,25 @@ def slowdown_to(case: Case, base: Case, most: float) -> Target:
     )
 
 
-# FlashAttention-3's, by (head_dim, pattern).
+# FlashAttention-3's, by (dtype, head_dim, pattern); beside int8 stands its e4m3.
 FA3_TFLOPS = {
-    (64, "full"): by_seqlen(342, 396, 456, 470, 499, 502),
-    (64, "causal"): by_seqlen(199, 273, 382, 423, 471, 487),
-    (128, "full"): by_seqlen(490, 567, 598, 614, 635, 639),
-    (128, "causal"): by_seqlen(331, 461, 553, 604, 632, 647),
-    (256, "full"): by_seqlen(499, 612, 661, 687, 707, 717),
-    (256, "causal"): by_seqlen(324, 475, 583, 659, 700, 726),
+    ("fp16", 64, "full"): by_seqlen(342, 396, 456, 470, 499, 502),
+    ("fp16", 64, "causal"): by_seqlen(199, 273, 382, 423, 471, 487),
+    ("fp16", 128, "full"): by_seqlen(490, 567, 598, 614, 635, 639),
+    ("fp16", 128, "causal"): by_seqlen(331, 461, 553, 604, 632, 647),
+    ("fp16", 256, "full"): by_seqlen(499, 612, 661, 687, 707, 717),
+    ("fp16", 256, "causal"): by_seqlen(324, 475, 583, 659, 700, 726),
+    ("int8", 64, "full"): {16384: 574},
+    ("int8", 128, "full"): {1024: 745, 2048: 816, 4096: 900, 8192: 948, 16384: 961},
+    ("int8", 256, "full"): {16384: 1231},
 }
 CUDNN_BIAS_TFLOPS = 431  # published, with a bias of T5's shape
 
 
 def against_fa3(case: Case) -> Target:
-    lead = 1.05 if case.head_dim == 64 else 1.0
-    return speed(case, round(lead * FA3_TFLOPS[case.head_dim, case.pattern][case.seqlen], 1))
+    lead = 1.05 if case.head_dim == 64 and case.dtype == "fp16" else 1.0
+    peer = FA3_TFLOPS[case.dtype, case.head_dim, case.pattern][case.seqlen]
+    return speed(case, round(lead * peer, 1))
 
 
 def of_width_128(pattern: str) -> Case:
@@ -143,7 +149,7 @@ MACHINES = {
             *(slowdown(case, 1.15) for case in ratios("fp16", 128)),
         ),
         peer="FlashAttention's sm_80 kernel",
-        peer_tflops={(128, "full"): {1024: 220, 4096: 227, 8192: 228}},
+        peer_tflops={("fp16", 128, "full"): {1024: 220, 4096: 227, 8192: 228}},
     ),
     # Without code for compute_90a (SIM_ARCHS) this shows the sm_80 kernels.
     "sm90": Machine(
@@ -151,9 +157,16 @@ MACHINES = {
         cc=90,
         sms=132,
         hbm_tbs=3.35,
-        cases=(*speeds("fp16", SEQLENS), *ratios("fp16", 128)),
+        cases=(
+            *speeds("fp16", SEQLENS),
+            *speeds("int8", SEQLENS[1:]),
+            *ratios("fp16", 128),
+        ),
         targets=(
             *map(against_fa3, speeds("fp16", SEQLENS)),
+            *(against_fa3(Case("int8", 128, "full", seqlen)) for seqlen in SEQLENS[1:]),
+            *(against_fa3(Case("int8", head_dim, "full", 16384)) for head_dim in (64, 256)),
+            speed(Case("int8", 128, "full", 16384), 1000),
             slowdown_to(of_width_128("causal-mask"), of_width_128("causal"), round(1 / 0.95, 3)),
             slowdown(of_width_128("random"), round(1 / 0.9, 3)),
             speed(of_width_128("bias"), round(1.1 * CUDNN_BIAS_TFLOPS, 1)),

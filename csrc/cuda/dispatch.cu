@@ -15,6 +15,7 @@
 #include "mask_pack.h"
 #include "quant.cuh"
 #include "splits.h"
+#include "transpose_values.h"
 #ifdef PFA_WITH_SM90A
 #include "sm90/tensor_map.h"
 #endif
@@ -33,6 +34,7 @@ struct Kernels {
   KernelInfo (*info)(const Variant&);
   int (*blocks_per_sm)(const Variant&, int device);
   void (*launch)(const Variant&, const Params&, int64_t blocks, int device, cudaStream_t);
+  bool transposes_values = false;  // takes V as transpose_values.h leaves it
 
   // volatile, since g++ believes that no function template is absent, weak or not.
   [[nodiscard]] bool built() const {
@@ -75,11 +77,13 @@ template <class Element, int... kHeadDims>
 Kernels sm90_bucket(int64_t head_dim) {
   return smallest_bucket<sizeof...(kHeadDims)>(
       {Kernels{"sm90", Element::kName, kHeadDims, sm90::info<Element, kHeadDims>,
-               sm90::blocks_per_sm<Element, kHeadDims>, sm90::launch<Element, kHeadDims>}...},
+               sm90::blocks_per_sm<Element, kHeadDims>, sm90::launch<Element, kHeadDims>,
+               quant::Of<Element>::kIsInteger}...},
       head_dim);
 }
 
 Kernels sm90_kernels(const Problem& problem) {
+  if (problem.dtype == DType::kInt8) return sm90_bucket<Int8, 64, 128, 256>(problem.head_dim);
   const bool is_bf16 = problem.dtype == DType::kBFloat16;
   return is_bf16 ? sm90_bucket<BFloat16, 64, 128, 256, 384, 512>(problem.head_dim)
                  : sm90_bucket<Float16, 64, 128, 256, 384, 512>(problem.head_dim);
@@ -146,13 +150,14 @@ Params base_params(const Problem& p) {
 // Why a call on a GPU of compute capability 9.0 does not take the kernels for it, or nothing.
 std::string why_not_sm90([[maybe_unused]] const Problem& p) {
 #ifdef PFA_WITH_SM90A
-  if (p.dtype == DType::kInt8) return "int8";
-  if (p.dtype_out != p.dtype) return "an output of another type than the inputs";
+  const bool is_int8 = p.dtype == DType::kInt8;
+  if (is_int8 && p.head_dim > 256) return "int8 with a head_dim above 256";
+  if (!is_int8 && p.dtype_out != p.dtype) return "an output of another type than the inputs";
   // They count blocks and splits in 31 bits; a block has 64 rows or more.
   constexpr int64_t kMostBlocks = (int64_t{1} << 31) / kMaxSplits;
   if (p.batch * p.num_heads * ceil_div(p.seqlen_q, 64) >= kMostBlocks) return "too many blocks";
   if (!sm90_kernels(p).built()) return "built without it for this type and head_dim";
-  return sm90::why_not_mappable(base_params(p));
+  return sm90::why_not_mappable(base_params(p), is_int8 ? 1 : 2);
 #else
   return "built without 9.0a";
 #endif
@@ -260,6 +265,7 @@ class Launcher {
     params.seqused_k = lengths(problem_.seqused_k, problem_.device_seqused_k);
     if (plan_.variant.dense) params.mask = packed_mask();
     if (plan_.num_splits > 1) params.split = split_params();
+    if (plan_.kernels.transposes_values) params.v = transposed_values(params);
     const int64_t blocks =
         problem_.batch * problem_.num_heads * plan_.num_m_blocks * plan_.num_splits;
     plan_.kernels.launch(plan_.variant, params, blocks, resources_.device, stream_);
@@ -298,6 +304,13 @@ class Launcher {
     const PackedMaskParams packed = plan.params(bits, classes);
     pack_mask(problem_, plan, packed, block_m, block_n, stream_);
     return packed;
+  }
+
+  [[nodiscard]] StridedTensor transposed_values(const Params& params) const {
+    const int64_t tiles = ceil_div(params.seqlen_k, plan_.info.block_n);
+    const TransposedValues plan{tiles * (plan_.info.block_n / kTransposedKeys),
+                                plan_.kernels.head_dim};
+    return transpose_values(params, plan, allocate(plan.bytes(params)), stream_);
   }
 
   [[nodiscard]] SplitParams split_params() const {

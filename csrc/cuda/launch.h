@@ -54,7 +54,7 @@ PFA_MAY_BE_ABSENT void launch(const Variant& variant, const Params& params, int6
 
 }  // namespace sm80
 
-// float16 and bfloat16 whose tensors TMA can read: see sm90/tensor_map.h. Not in a library that was
+// Calls whose tensors TMA can read: see sm90/tensor_map.h. Not in a library that was
 // compiled without 9.0a.
 namespace sm90 {
 

@@ -38,11 +38,12 @@ __device__ __forceinline__ float real_scale(const Params& p) {
 }
 
 // What one unit of a score is worth in powers of two: scores with a bias are real, others are sums
-// of positive scale. A scale of zero becomes the smallest float, with which -inf remains -inf.
+// of positive scale. A scale of zero becomes the smallest float, with which -inf remains -inf; one
+// so large that the product overflowed would make NaN of the difference of equal scores.
 PFA_HOST_DEVICE float score_unit(float scale, bool has_bias) {
-  constexpr float kLog2e = 1.4426950408889634f, kSmallest = 1.4e-45f;
+  constexpr float kLog2e = 1.4426950408889634f, kSmallest = 1.4e-45f, kLargest = 1e30f;
   if (has_bias) return kLog2e;
-  return fmaxf(fabsf(scale) * kLog2e, kSmallest);
+  return fminf(fmaxf(fabsf(scale) * kLog2e, kSmallest), kLargest);
 }
 __device__ __forceinline__ float score_unit(const Params& p) {
   return p.quant.descale_s.given() ? score_unit(real_scale(p), p.bias.data != nullptr)

@@ -58,6 +58,7 @@ struct Traits {
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
   static constexpr int kCluster = 1;  // blocks of threads that share a block of work
   static constexpr bool kTakesTurns = kHeadDim <= 128;
+  static constexpr bool kEndsTurnLate = false;
   static constexpr int kTilesS = kBlockN / 8;   // 8-key accumulators of a warp
   static constexpr int kTilesO = kHeadDim / 8;  // 8-channel accumulators of a warp
 
@@ -73,6 +74,11 @@ struct Traits {
   static constexpr int kBytesK = kBoxes * kBoxK;  // and of a tile of V
   static constexpr int kRowsV = kBlockN;          // of a box
   static_assert(kBoxQ % 1024 == 0 && kBoxK % 1024 == 0, "boxes must start where a swizzle repeats");
+  // A step of P V: its keys, and where its part of a tile of V lies.
+  static constexpr int kStepKeys = 16;
+  static constexpr int kSteps = kBlockN / kStepKeys;
+  static constexpr int kRowBytesV = kBoxRowBytes;
+  static constexpr int kStepBytesV = kStepKeys * kRowBytesV;
 
   static constexpr int kBiasColumns = 64;
   static constexpr int kBiasBoxes = kHasBias ? kBlockN / kBiasColumns : 0;

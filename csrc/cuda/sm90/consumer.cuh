@@ -5,7 +5,13 @@
 // one runs beside the next softmax: see run().
 #pragma once
 
+#include <type_traits>
+
 #include "accumulators.cuh"
+#include "int8_config.cuh"
+#include "int8_softmax.cuh"
+#include "int8_sums.cuh"
+#include "int8_wgmma.cuh"
 #include "lazy_softmax.cuh"
 
 namespace pfa::cuda::sm90 {
@@ -14,25 +20,31 @@ template <class T>
 class Consumer {
   using Element = typename T::Element;
   static constexpr int kTilesS = T::kTilesS, kTilesO = T::kTilesO;
+  static constexpr bool kIsInteger = quant::Of<Element>::kIsInteger;
 
  public:
-  // Unnormalised output of the warp's 16 rows and the statistics that go with it.
-  float acc_o[1][kTilesO][4];
-  LazySoftmax softmax;
+  // Unnormalised output of the warp's 16 rows and the statistics that go with it. Of int8 it is
+  // integers, and floats in the same registers when it is stored.
+  typename Element::Sum acc_o[1][kTilesO][4];
+  std::conditional_t<kIsInteger, IntegerSoftmax<T>, LazySoftmax> softmax;
 
   __device__ Consumer(const Arguments& arguments, const Rings<T>& shared)
-      : p_(arguments.params), shared_(shared), scores_(arguments.params) {
+      : softmax(arguments.params),
+        p_(arguments.params),
+        shared_(shared),
+        scores_(arguments.params) {
     if (T::kTakesTurns && warpgroup() == T::kConsumers - 1) pass_turn();
   }
 
   // Blocks of work until there is none left; store(work) is called with the sums of each.
   template <class Store>
   __device__ void run(const Store& store) {
+    Carried carried;
     clear();
     for (enter(); !is_over();) {
       skip_to(own().begin);
       if (has_tile()) {
-        run_chain(store);
+        run_chain(store, carried);
       } else {
         leave_q();
         const Work<T>& done = shared_.work(q_.before());
@@ -46,13 +58,19 @@ class Consumer {
 
   // Could a key that some row must not see have reached it through V?
   [[nodiscard]] __device__ bool has_nonfinite_output(const Sequence& sequence) const {
-    return has_nonfinite_sums(acc_o, sequence.rows);
+    if constexpr (kIsInteger) {
+      return false;  // V is finite, and what a bias brings in stays in its row
+    } else {
+      return has_nonfinite_sums(acc_o, sequence.rows);
+    }
   }
 
  private:
   using Tiles = typename T::Mask::template Tiles<T::kBlockN>;
   using Bits = typename ScoreStep<T>::Bits;
   using Operand = Descriptor<T::kBoxRowBytes>;
+  using Probabilities = uint32_t[T::kSteps][4];
+  using Carried = std::conditional_t<kIsInteger, CarriedSums<kTilesO, T::kBlockN>, NoCarriedSums>;
 
   // For the next block.
   __device__ void clear() {
@@ -106,15 +124,15 @@ class Consumer {
   // begins with such a tile too, it goes on with that one: its first Q K^T is under way while the
   // sums of this one are stored.
   template <class Store>
-  __device__ void run_chain(const Store& store) {
+  __device__ void run_chain(const Store& store, Carried& carried) {
     Scores<T> s;
-    uint32_t p[kTilesS / 2][4];
+    Probabilities p;
     wait_for_keys();
     start_scores(s);
     ptx::wgmma_wait<0>();
     hold(s[0]);
     for (;;) {
-      multiply(s, p);
+      multiply(s, p, carried);
       const Turn<T::kStagesQ> done = q_.before();
       const bool skips = n_ < shared_.work(done).range.end;
       bool goes_on = false;
@@ -132,6 +150,7 @@ class Consumer {
         ptx::wgmma_wait<0>();
         finish_values(v);
         if (skips) skip_to(shared_.work(done).range.end);
+        finish_sums(carried);
         store(shared_.work(done));
         clear();
         if (T::kStagesQ == 1 || skips) enter();
@@ -142,6 +161,7 @@ class Consumer {
       pass_turn();
       ptx::wgmma_wait<1>();
       finish_values(v);
+      finish_sums(carried);
       store(shared_.work(done));
       clear();
       ptx::wgmma_wait<0>();
@@ -150,13 +170,14 @@ class Consumer {
   }
 
   // The tiles from n_ on but for the last P V. s has the sums of the first one.
-  __device__ void multiply(Scores<T>& s, uint32_t (&p)[kTilesS / 2][4]) {
+  __device__ void multiply(Scores<T>& s, Probabilities& p, Carried& carried) {
     Bits bits;
     float alpha[1][2];
+    carried.begin(n_);
     bool has_bits = load_bits(bits);
     finish_scores(s, has_bits, bits);
     exponentiate(s, alpha);
-    pack<Element>(s, p);
+    pack(s, p);
     for (;;) {
       n_ = static_cast<int>(recomputed(static_cast<unsigned>(tiles_.after(n_))));
       if (!is_full() && !has_tile()) break;
@@ -167,16 +188,21 @@ class Consumer {
       const Turn<T::kStages> v = k_.before();
       wait_for_values(v);
       start_values(v, p);
-      pass_turn();
+      if (!T::kEndsTurnLate) pass_turn();
       ptx::wgmma_wait<1>();
+      if (T::kEndsTurnLate) pass_turn();
       hold(s[0]);
       finish_scores(s, has_bits, bits);
       const int changed = exponentiate(s, alpha);
       hold(s[0]);
       ptx::wgmma_wait<0>();
       finish_values(v);
-      if (changed != 0) rescale(acc_o, alpha);
-      pack<Element>(s, p);
+      if (changed != 0) {
+        rescale(acc_o, alpha);
+        carried.rescale(alpha);
+      }
+      carried.take(acc_o, n_);
+      pack(s, p);
     }
     leave_q();
   }
@@ -204,14 +230,28 @@ class Consumer {
 
   __device__ void wait_for_keys() {
     ptx::mbarrier_wait(shared_.full_k(k_), k_.parity());
-    if (!is_full() && is_careful()) isolate_nonfinite_values();
+    if constexpr (!kIsInteger) {
+      if (!is_full() && is_careful()) isolate_nonfinite_values();
+    }
   }
 
   [[nodiscard]] __device__ bool is_careful() const { return shared_.work(q_).careful; }
 
   __device__ int exponentiate(Scores<T>& s, float (&alpha)[1][2]) {
-    return softmax.template step<ScoreStep<T>::kExact>(
-        s, scores_.unit(), [this] { return is_careful(); }, alpha);
+    if constexpr (kIsInteger) {
+      return softmax.step(s, alpha);
+    } else {
+      return softmax.template step<ScoreStep<T>::kExact>(
+          s, scores_.unit(), [this] { return is_careful(); }, alpha);
+    }
+  }
+
+  __device__ void pack(Scores<T>& s, Probabilities& p) {
+    if constexpr (kIsInteger) {
+      softmax.pack(s, p);
+    } else {
+      sm90::pack<Element>(s, p);
+    }
   }
 
   // Warpgroups start their products in turns, so that the softmax of one meets the products of
@@ -227,21 +267,24 @@ class Consumer {
 
   // Q K^T of the tile that k_ points to.
   __device__ void start_scores(Scores<T>& s) const {
-    constexpr int kSteps = T::kBoxColumns / 16;  // of a box
+    constexpr int kStepBytes = 32;
+    constexpr int kSteps = T::kBoxRowBytes / kStepBytes;  // of a box
     const Operand q{q_low_}, k = Operand::of_chunk(shared_.chunk_k(k_), 16);
+    if constexpr (kIsInteger) softmax.begin(s);
     hold(s[0]);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < T::kHeadDim / 16; ++step) {
-      const int box = step / kSteps, bytes = step % kSteps * 32;
-      wgmma_ss<Element>(s[0], q.at(box * T::kBoxQ + bytes), k.at(box * T::kBoxK + bytes), step > 0);
+    for (int step = 0; step < T::kBoxes * kSteps; ++step) {
+      const int box = step / kSteps, bytes = step % kSteps * kStepBytes;
+      wgmma_ss<Element>(s[0], q.at(box * T::kBoxQ + bytes), k.at(box * T::kBoxK + bytes),
+                        kIsInteger || step > 0);
     }
     ptx::wgmma_commit();
   }
 
   // From the sums of tile n_ to its scores; K's buffer is given back.
   __device__ void finish_scores(Scores<T>& s, bool has_bits, const Bits& bits) {
-    if constexpr (T::kHasBias) scores_.add_bias(s, shared_.bias(k_), is_careful());
+    if constexpr (T::kHasBias) scores_.add_bias(s, shared_.bias(k_), !kIsInteger && is_careful());
     release(shared_.empty_k(k_));
     k_.advance();
     if (!is_full()) {
@@ -258,15 +301,20 @@ class Consumer {
   }
 
   // O += P V.
-  __device__ void start_values(Turn<T::kStages> turn, const uint32_t (&p)[kTilesS / 2][4]) {
-    const auto v = Operand::of_chunk(shared_.chunk_v(turn), T::kBoxK);
+  __device__ void start_values(Turn<T::kStages> turn, const Probabilities& p) {
+    const auto v = Descriptor<T::kRowBytesV>::of_chunk(shared_.chunk_v(turn), T::kBoxK);
     hold(acc_o[0]);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kTilesS / 2; ++step) {
-      wgmma_rs<Element>(acc_o[0], p[step], v.at(step * 16 * T::kBoxRowBytes));
+    for (int step = 0; step < T::kSteps; ++step) {
+      wgmma_rs<Element>(acc_o[0], p[step], v.at(step * T::kStepBytesV));
     }
     ptx::wgmma_commit();
+  }
+
+  // After the last P V of a block.
+  __device__ void finish_sums(const Carried& carried) {
+    if constexpr (kIsInteger) carried.finish(acc_o, {softmax.worth(0), softmax.worth(1)});
   }
 
   // After the wait for P V.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// From unnormalised sums in registers to the output, warp by warp. Every row of the block that the
-// output has is written; rows without a key, or beyond the valid length, are zeros.
+// From unnormalised sums in registers to the output, warp by warp: 16 bits, or of int8 inputs int8
+// with a scale and an offset for each channel. Every row of the block that the output has is
+// written; rows without a key, or beyond the valid length, are zeros.
 #pragma once
 
 #include "consumer.cuh"
@@ -9,7 +10,8 @@ namespace pfa::cuda::sm90 {
 
 template <class T, class Consumer>
 class Epilogue {
-  using Element = typename T::Element;
+  using Element = Half<typename T::Element>;
+  static constexpr bool kIsInteger = quant::Of<typename T::Element>::kIsInteger;
 
  public:
   // second: only rows whose statistics are numbers are written.
@@ -21,6 +23,8 @@ class Epilogue {
     for (int r = 0; r < 2; ++r) {
       if (p.split.count > 1) {
         epilogue.store_split(consumer, r, second);
+      } else if (kIsInteger && p.dtype_out == DType::kInt8) {
+        epilogue.store_int8_row(consumer, r, second);
       } else {
         epilogue.store_row(consumer, r, second);
       }
@@ -35,49 +39,123 @@ class Epilogue {
     return first_row() + accumulator_row(lane_, 2 * r);
   }
 
+  // What one unit of the sums is worth.
+  [[nodiscard]] __device__ float unit() const {
+    return kIsInteger ? read_scale(p_.quant.descale_o) : 1.0f;
+  }
+  [[nodiscard]] __device__ bool has_key(int r, float sum) const {
+    return row_of(r) < work_.sequence.rows && sum != 0.0f;
+  }
+  [[nodiscard]] __device__ bool is_written(int r, float sum, bool second) const {
+    return work_.sequence.row_begin + row_of(r) < p_.seqlen_q && !(second && sum != sum);
+  }
+  [[nodiscard]] __device__ char* output_row(int r) const {
+    const int64_t row = work_.sequence.row_begin + row_of(r);
+    return p_.out.data + work_.b * p_.out.batch + work_.head * p_.out.head + row * p_.out.row;
+  }
+
+  // Of what two lanes hold of two neighbouring units, even lanes get all of the first and odd lanes
+  // all of the second, in ascending order.
+  __device__ static uint2 swap(uint32_t first, uint32_t second, bool is_odd, int distance) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, is_odd ? first : second, distance);
+    return is_odd ? make_uint2(other, second) : make_uint2(first, other);
+  }
+
   // A lane holds 4 bytes of each 8 channels. It swaps with its neighbour: of 16 channels, even
   // lanes then have 8 bytes of the first half and odd ones of the second, a sector for each row.
   __device__ void store_row(const Consumer& consumer, int r, bool second) const {
     const float sum = consumer.softmax.row_sum[0][r];
-    const bool has_key = row_of(r) < work_.sequence.rows && sum != 0.0f;
-    const float factor = 1.0f / sum;
-    const int64_t row = work_.sequence.row_begin + row_of(r);
-    const bool is_written = row < p_.seqlen_q && !(second && sum != sum);
+    const bool exists = has_key(r, sum), writes = is_written(r, sum, second);
+    const float factor = unit() / sum;
     const bool is_odd = lane_ % 2 != 0;
     const int channel = first_channel<T>() + (is_odd ? 8 : 0) + lane_ / 2 % 2 * 4;
-    if (p_.lse != nullptr && is_written && lane_ % 4 == 0 && first_channel<T>() == 0) {
+    if (p_.lse != nullptr && writes && lane_ % 4 == 0 && first_channel<T>() == 0) {
+      const int64_t row = work_.sequence.row_begin + row_of(r);
       store_lse(p_, (int64_t{work_.b} * p_.num_heads + work_.head) * p_.seqlen_q + row,
                 row_of(r) < work_.sequence.rows, consumer.softmax.row_max[0][r], sum,
-                p_.score_unit);
+                score_unit(p_));
     }
-    char* out = p_.out.data + work_.b * p_.out.batch + work_.head * p_.out.head + row * p_.out.row +
-                channel * Element::kBytes;
+    char* out = output_row(r) + channel * Element::kBytes;
 #pragma unroll
     for (int n = 0; n < T::kTilesO; n += 2) {
       uint32_t pair[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float* sums = &consumer.acc_o[0][n + i][2 * r];
-        pair[i] = has_key ? Element::pack(sums[0] * factor, sums[1] * factor) : 0;
+        const auto* sums = &consumer.acc_o[0][n + i][2 * r];
+        pair[i] = exists ? Element::pack(get(sums[0]) * factor, get(sums[1]) * factor) : 0;
       }
-      const uint32_t other = __shfl_xor_sync(0xffffffffu, is_odd ? pair[0] : pair[1], 1);
-      const uint2 words = is_odd ? make_uint2(other, pair[1]) : make_uint2(pair[0], other);
-      if (is_written && 8 * n + channel < p_.head_dim) {
-        store_words(out + 8 * n * Element::kBytes, words);
+      const uint2 words = swap(pair[0], pair[1], is_odd, 1);
+      if (writes && 8 * n + channel < p_.head_dim) {
+        store_words<uint16_t>(out + 8 * n * Element::kBytes, words);
       }
     }
   }
 
+  // A lane holds 2 bytes of each 8 channels: of 32 channels it gets 8 bytes in two swaps.
+  __device__ void store_int8_row(const Consumer& consumer, int r, bool second) const {
+    const float sum = consumer.softmax.row_sum[0][r];
+    const bool exists = has_key(r, sum), writes = is_written(r, sum, second);
+    const float factor = unit() / sum;
+    const bool is_odd = lane_ % 2 != 0, is_high = lane_ / 2 % 2 != 0;
+    const int channel = first_channel<T>() + (is_high ? 16 : 0) + (is_odd ? 8 : 0);
+    char* out = output_row(r) + channel;
+#pragma unroll
+    for (int n = 0; n < T::kTilesO; n += 4) {
+      uint32_t pairs[2];  // of channels: tiles n and n + 1, then n + 2 and n + 3
+      const float2 scale = scale_of_lane(first_channel<T>() + 8 * n);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t low = quantised(consumer, n + 2 * i, r, factor, scale);
+        const uint32_t high = quantised(consumer, n + 2 * i + 1, r, factor, scale);
+        pairs[i] = exists ? __byte_perm(low, high, 0x5410) : 0;
+      }
+      // Lanes 0 1 2 3 hold channels 0 2 4 6 and the next of tiles a b c d. First between lanes 2
+      // apart: 0 and 1 keep tiles a b, 2 and 3 get c d.
+      const uint2 tiles = swap(pairs[0], pairs[1], is_high, 2);
+      const uint32_t first = __byte_perm(tiles.x, tiles.y, 0x5410);
+      const uint32_t other = __byte_perm(tiles.x, tiles.y, 0x7632);
+      const uint2 mine = swap(first, other, is_odd, 1);
+      // Channels 0 1 4 5 from the even lane, 2 3 6 7 from the odd one.
+      const uint2 words =
+          make_uint2(__byte_perm(mine.x, mine.y, 0x5410), __byte_perm(mine.x, mine.y, 0x7632));
+      if (writes && 8 * n + channel < p_.head_dim) store_words<uint8_t>(out + 8 * n, words);
+    }
+  }
+
+  // Scale and offset of the channel that is the lane's of the 32 from this one on.
+  __device__ float2 scale_of_lane(int first) const {
+    const int channel = first + lane_;
+    if (channel >= p_.head_dim) return make_float2(0.0f, 0.0f);
+    return output_scale(p_.quant, static_cast<int64_t>(work_.head) * p_.head_dim + channel);
+  }
+
+  // Two channels of tile n, in the low bytes. scales: scale_of_lane() of the four tiles that it is
+  // one of.
+  __device__ uint32_t quantised(const Consumer& consumer, int n, int r, float factor,
+                                const float2& scales) const {
+    int x[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int lane = n % 4 * 8 + accumulator_column(lane_, c);
+      const float scale = __shfl_sync(0xffffffffu, scales.x, lane);
+      const float offset = __shfl_sync(0xffffffffu, scales.y, lane);
+      x[c] = quantise_output(get(consumer.acc_o[0][n][2 * r + c]) * factor, scale, offset);
+    }
+    return __byte_perm(x[0], x[1], 0x0040);
+  }
+
   // head_dim is a multiple of 8, but the output may start anywhere.
+  template <class Unit>
   __device__ void store_words(char* to, const uint2& words) const {
     if (p_.out.vectorised) {
       *reinterpret_cast<uint2*>(to) = words;
       return;
     }
+    constexpr int kUnits = 4 / int{sizeof(Unit)};  // of a word
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t word = i < 2 ? words.x : words.y;
-      reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(word >> i % 2 * 16);
+    for (int i = 0; i < 2 * kUnits; ++i) {
+      const uint32_t word = i < kUnits ? words.x : words.y;
+      reinterpret_cast<Unit*>(to)[i] = static_cast<Unit>(word >> i % kUnits * 8 * sizeof(Unit));
     }
   }
 
@@ -96,8 +174,9 @@ class Epilogue {
     float* out = p_.split.out + at * T::kHeadDim + channel + accumulator_column(lane_, 0);
 #pragma unroll
     for (int n = 0; n < T::kTilesO; ++n) {
-      const float* pair = &consumer.acc_o[0][n][2 * r];
-      *reinterpret_cast<float2*>(out + 8 * n) = make_float2(pair[0], pair[1]);
+      const auto* pair = &consumer.acc_o[0][n][2 * r];
+      *reinterpret_cast<float2*>(out + 8 * n) =
+          make_float2(get(pair[0]) * unit(), get(pair[1]) * unit());
     }
   }
 

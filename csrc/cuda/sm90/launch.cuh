@@ -11,8 +11,10 @@
 namespace pfa::cuda::sm90 {
 
 template <class Element, int kHeadDim, class Mask, bool kHasBias>
-using TraitsOf = std::conditional_t<(kHeadDim > 256), WideTraits<Element, kHeadDim, Mask, kHasBias>,
-                                    Traits<Element, kHeadDim, Mask, kHasBias>>;
+using TraitsOf = std::conditional_t<
+    quant::Of<Element>::kIsInteger, Int8Traits<kHeadDim, Mask, kHasBias>,
+    std::conditional_t<(kHeadDim > 256), WideTraits<Element, kHeadDim, Mask, kHasBias>,
+                       Traits<Element, kHeadDim, Mask, kHasBias>>>;
 
 // Calls visit with the Traits of a variant.
 template <class Element, int kHeadDim, class Visit>
@@ -88,7 +90,8 @@ void launch(const Variant& variant, const Params& params, int64_t blocks, int de
     a.params = params;
     a.params.band.lo = std::max(params.band.lo, -kFarthest);
     a.params.band.hi = std::min(params.band.hi, kFarthest);
-    a.maps = make_tensor_maps(params, {T::kBoxColumns, T::kBlockM, T::kBlockN, T::kRowsV});
+    a.maps = make_tensor_maps(
+        params, {T::kBoxColumns, T::kBlockM, T::kBlockN, T::kRowsV, T::Element::kBytes});
     a.blocks = static_cast<uint32_t>(blocks);
     const bool stays = is_uniform(params);
     int multiprocessors = 0;

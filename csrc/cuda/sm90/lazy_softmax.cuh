@@ -18,6 +18,8 @@ namespace pfa::cuda::sm90 {
 
 class LazySoftmax : public Softmax<1> {
  public:
+  __device__ explicit LazySoftmax(const Params&) {}
+
   __device__ void clear() {
     Softmax<1>::clear();
     looks_ = 1;

@@ -3,7 +3,7 @@
 // are needed.
 #pragma once
 
-#include "block.cuh"
+#include "scores.cuh"
 
 namespace pfa::cuda::sm90 {
 
@@ -97,7 +97,7 @@ class Producer {
       own.begin = min(max(own.begin, work.range.begin), work.range.end);
       own.end = min(own.end, work.range.end);
       own.full_end = min(own.full_end, own.end);
-      if (work.careful || (a_.params.softmax_scale < 0.0f && !T::kHasBias)) own.full_end = 0;
+      if (work.careful || ScoreStep<T>::moves_sign(a_.params)) own.full_end = 0;
       work.own[warpgroup] = own;
     }
     __syncwarp();
@@ -152,7 +152,14 @@ class Producer {
     ptx::mbarrier_wait(shared_.empty_v(turn), turn.parity() ^ 1);
     if (is_elected()) {
       ptx::mbarrier_arrive_expect(full, T::kBytesK);
-      load_boxes(n, place, shared_.v(turn), &a_.maps.v, full, a_.params.v);
+      const StridedTensor& v = a_.params.v;
+      if constexpr (quant::Of<typename T::Element>::kIsInteger) {  // see transpose_values.h
+        const char* from =
+            v.data + place.batch * v.batch + place.head * v.head + int64_t{n} * T::kBytesK;
+        ptx::bulk_load(shared_.v(turn), from, T::kBytesK, full);
+      } else {
+        load_boxes(n, place, shared_.v(turn), &a_.maps.v, full, v);
+      }
     }
   }
 

@@ -8,8 +8,16 @@
 
 namespace pfa::cuda::sm90 {
 
+// Floats, of int8 by their bits: the registers that integer products end in.
 template <class T>
-using Scores = float[1][T::kTilesS][4];
+using Score = typename T::Element::Sum;
+template <class T>
+using Scores = Score<T>[1][T::kTilesS][4];
+
+__device__ __forceinline__ float get(float score) { return score; }
+__device__ __forceinline__ float get(int32_t score) { return __int_as_float(score); }
+__device__ __forceinline__ void set(float& score, float x) { score = x; }
+__device__ __forceinline__ void set(int32_t& score, float x) { score = __float_as_int(x); }
 
 // The consumer warp's first row in the block, and its first channel of O.
 __device__ __forceinline__ int first_row() {
@@ -22,8 +30,9 @@ __device__ __forceinline__ int first_channel() {
 
 template <class T>
 class ScoreStep {
-  using Element = typename T::Element;
+  using Element = Half<typename T::Element>;  // of the bias
   static constexpr int kTilesS = T::kTilesS;
+  static constexpr bool kIsInteger = quant::Of<typename T::Element>::kIsInteger;
 
  public:
   // How softmax.cuh is to subtract.
@@ -31,20 +40,25 @@ class ScoreStep {
   static constexpr int kWords = (T::kBlockN + kMaskKeys - 1) / kMaskKeys;
   using Bits = uint32_t[kWords];
 
-  __device__ explicit ScoreStep(const Params& p) : p_(p) {}
+  __device__ explicit ScoreStep(const Params& p) : p_(p) {
+    if constexpr (kIsInteger && T::kHasBias) scale_ = real_scale(p);
+  }
 
   // What one unit of the scores is worth in powers of two.
   [[nodiscard]] __device__ float unit() const { return p_.score_unit; }
 
   // A negative scale moves its sign to the sums, so that the largest score has the largest
-  // probability.
+  // probability; those with a bias are real scores.
+  [[nodiscard]] __device__ static bool moves_sign(const Params& p) {
+    return !T::kHasBias && real_scale(p) < 0.0f;
+  }
   __device__ void apply_sign(Scores<T>& s) const {
-    if constexpr (T::kHasBias) return;
-    if (p_.softmax_scale >= 0.0f) return;
+    if (!moves_sign(p_)) return;
+    constexpr float kZero = kIsInteger ? kMagic : 0.0f;
 #pragma unroll
     for (int n = 0; n < kTilesS; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[0][n][e] = -s[0][n][e];
+      for (int e = 0; e < 4; ++e) set(s[0][n][e], 2.0f * kZero - get(s[0][n][e]));
     }
   }
 
@@ -62,11 +76,11 @@ class ScoreStep {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 pair = Element::unpack(r[i]);
-        float* pair_s = &s[0][n + i / 2][i % 2 * 2];
-        if (careful && pair.x == -kInfinity) pair_s[0] = 0.0f;
-        if (careful && pair.y == -kInfinity) pair_s[1] = 0.0f;
-        pair_s[0] = fmaf(pair_s[0], p_.softmax_scale, pair.x);
-        pair_s[1] = fmaf(pair_s[1], p_.softmax_scale, pair.y);
+        Score<T>* pair_s = &s[0][n + i / 2][i % 2 * 2];
+        if (careful && pair.x == -kInfinity) set(pair_s[0], 0.0f);
+        if (careful && pair.y == -kInfinity) set(pair_s[1], 0.0f);
+        set(pair_s[0], fmaf(sum(pair_s[0]), scale(), pair.x));
+        set(pair_s[1], fmaf(sum(pair_s[1]), scale(), pair.y));
       }
     }
   }
@@ -88,9 +102,9 @@ class ScoreStep {
           for (int c = 0; c < 2; ++c) mask(s[0][i][2 * r + c], 8 * i + c);
         }
       };
-      if (left) for_all([=](float& x, int column) { mask_if_less(x, column, first, n, column); });
+      if (left) for_all([=](Score<T>& x, int column) { mask_if_less(x, column, first, n, column); });
       if (right)
-        for_all([=](float& x, int column) { mask_if_less(x, last - 1, column, n, column); });
+        for_all([=](Score<T>& x, int column) { mask_if_less(x, last - 1, column, n, column); });
     }
   }
 
@@ -122,6 +136,13 @@ class ScoreStep {
   }
 
  private:
+  // Of products, and what it is worth as a real score.
+  [[nodiscard]] __device__ static float sum(float score) { return score; }
+  [[nodiscard]] __device__ static float sum(int32_t score) { return get(score) - kMagic; }
+  [[nodiscard]] __device__ float scale() const {
+    return kIsInteger ? scale_ : p_.softmax_scale;
+  }
+
   // A masked score becomes -inf by arithmetic: selecting it would keep the pipe busy that integers
   // and the maximum need. The tile's number has the bits of a small float; column differs between
   // scores, lest the compiler computes -inf once and selects it.
@@ -144,7 +165,19 @@ class ScoreStep {
         : "r"(bits), "f"(__int_as_float(tile)), "f"(static_cast<float>(column + 1)));
   }
 
+  __device__ static void mask_if_less(int32_t& x, int a, int b, int tile, int column) {
+    float score = get(x);
+    mask_if_less(score, a, b, tile, column);
+    set(x, score);
+  }
+  __device__ static void mask_if_set(int32_t& x, uint32_t bits, int tile, int column) {
+    float score = get(x);
+    mask_if_set(score, bits, tile, column);
+    set(x, score);
+  }
+
   const Params& p_;
+  float scale_;  // of integers, which may lie in memory
 };
 
 }  // namespace pfa::cuda::sm90

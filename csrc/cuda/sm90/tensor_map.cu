@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kMostStride = int64_t{1} << 40, kMostRows = int64_t{1} << 29;
 constexpr int64_t kChunk = 16;  // bytes: any legal stride
+constexpr int kWordBytes = 2;
 
 using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                             const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
@@ -85,9 +86,10 @@ std::string why_not(const char* name, const Tensor& tensor, int64_t rows) {
 
 }  // namespace
 
-std::string why_not_mappable(const Params& p) {
-  if (p.head_dim * 2 % kChunk != 0) {
-    return "head_dim " + std::to_string(p.head_dim) + " is not a multiple of 8";
+std::string why_not_mappable(const Params& p, int element_bytes) {
+  if (p.head_dim * element_bytes % kChunk != 0) {
+    return "head_dim " + std::to_string(p.head_dim) + " is not a multiple of " +
+           std::to_string(kChunk / element_bytes);
   }
   std::string why = why_not("query", p.q, p.seqlen_q);
   if (why.empty()) why = why_not("key", p.k, p.seqlen_k);
@@ -98,15 +100,16 @@ std::string why_not_mappable(const Params& p) {
 
 TensorMaps make_tensor_maps(const Params& p, const BoxPlan& boxes) {
   const int64_t heads_k = p.num_heads / p.heads_per_group;
-  const Shape q = {p.batch, p.num_heads, p.seqlen_q, p.head_dim};
-  const Shape k = {p.batch, heads_k, p.seqlen_k, p.head_dim};
-  const auto map = [](const StridedTensor& tensor, const Shape& shape, int columns, int rows) {
-    return encode(tensor.data, {tensor.row, tensor.head, tensor.batch}, shape, columns, rows);
+  const int64_t columns = p.head_dim * boxes.element_bytes / kWordBytes;
+  const Shape q = {p.batch, p.num_heads, p.seqlen_q, columns};
+  const Shape k = {p.batch, heads_k, p.seqlen_k, columns};
+  const auto map = [&boxes](const StridedTensor& tensor, const Shape& shape, int rows) {
+    return encode(tensor.data, {tensor.row, tensor.head, tensor.batch}, shape, boxes.columns, rows);
   };
   TensorMaps maps{};
-  maps.q = map(p.q, q, boxes.columns, boxes.rows_q);
-  maps.k = map(p.k, k, boxes.columns, boxes.rows_k);
-  maps.v = map(p.v, k, boxes.columns, boxes.rows_v);
+  maps.q = map(p.q, q, boxes.rows_q);
+  maps.k = map(p.k, k, boxes.rows_k);
+  if (boxes.element_bytes == kWordBytes) maps.v = map(p.v, k, boxes.rows_v);
   if (p.bias.data != nullptr) {
     const Shape bias = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
     maps.bias =

@@ -18,10 +18,11 @@ struct TensorMaps {
 struct BoxPlan {
   int columns;  // 64 or 32
   int rows_q, rows_k, rows_v;
+  int element_bytes;  // 1: there is no map of V
 };
 
 // Why TMA cannot read these tensors, in the caller's names; nothing if it can.
-[[nodiscard]] std::string why_not_mappable(const Params& params);
+[[nodiscard]] std::string why_not_mappable(const Params& params, int element_bytes);
 
 // Reads addresses and strides alone, no data.
 [[nodiscard]] TensorMaps make_tensor_maps(const Params& params, const BoxPlan& boxes);

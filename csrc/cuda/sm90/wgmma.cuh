@@ -11,8 +11,8 @@
 
 namespace pfa::cuda::sm90 {
 
-// How an operand lies in shared memory: rows of kRowBytes = 128 or 64 bytes, swizzled at that
-// width. Only the low word differs between operands: it alone takes a register.
+// How an operand lies in shared memory: rows of kRowBytes = 128, 64 or 32 bytes, swizzled at
+// that width. Only the low word differs between operands: it alone takes a register.
 template <int kRowBytes>
 struct Descriptor {
   uint32_t low;
@@ -27,8 +27,8 @@ struct Descriptor {
   }
   // That many bytes further on. Shared memory ends before the addresses' 18 bits do.
   [[nodiscard]] __device__ uint64_t at(int bytes) const {
-    constexpr uint32_t kLayout = kRowBytes == 128 ? 1 : 2;
-    static_assert(kRowBytes == 128 || kRowBytes == 64);
+    constexpr uint32_t kLayout = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
+    static_assert(kRowBytes == 128 || kRowBytes == 64 || kRowBytes == 32);
     return ptx::pair_of_words(low + static_cast<uint32_t>(bytes >> 4),
                               static_cast<uint32_t>(8 * kRowBytes >> 4) | kLayout << 30);
   }

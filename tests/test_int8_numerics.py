@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""int8 arithmetic where kernels could lose it: P entry by entry, extreme scales, long sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends import current
+from compare import check
+from inputs import Call
+
+
+def int8_call(q, k, v, deq1=1e-4, p_scale=127.0, deq2=1.0 / 127, **options) -> Call:
+    scales = {
+        "deq_scale1": torch.tensor([deq1]),
+        "quant_scale1": torch.tensor([p_scale]),
+        "deq_scale2": torch.tensor([deq2]),
+    }
+    heads = {"input_layout": "BNSD", "num_heads": q.shape[1]}
+    return Call(q, k, v, {**heads, **scales, **options})
+
+
+def random_int8(*shape: int, seed: int, most: int = 128) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(-most, most, shape, generator=rng, dtype=torch.int8)
+
+
+# Scores of small and of large unit: Hopper's kernels round P in another way where an exponent's
+# offset is less accurate.
+@pytest.mark.parametrize(("most", "deq1"), [(128, 2e-5), (4, 1e-2)])
+@pytest.mark.parametrize("p_scale", [127.0, 100.3, 17.0])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_entries_of_p(forward, dim, p_scale, most, deq1):
+    """Each key has a channel to itself, so outputs are entries of P over the row's sum.
+
+    At most one entry in a thousand may be another integer than in fp64, and then its neighbour.
+    """
+    rows, keys = 600, 64  # within one tile of any kernel
+    q = random_int8(1, 1, rows, dim, seed=1, most=most)
+    k = random_int8(1, 1, keys, dim, seed=2, most=most)
+    v = torch.zeros(1, 1, keys, dim, dtype=torch.int8)
+    channel = torch.randperm(dim, generator=torch.Generator().manual_seed(3))[:keys]
+    v[0, 0, torch.arange(keys), channel] = 127
+    call = int8_call(q, k, v, deq1=deq1, p_scale=p_scale, deq2=1 / 127)
+    out = forward(*call.args, **call.options)[0, 0].double()
+    s = (q[0, 0].double() @ k[0, 0].double().T) * call.options["deq_scale1"].double()
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    want = torch.round(e * call.options["quant_scale1"].double()) @ (v[0, 0] != 0).double()
+    got = torch.round(out * e.sum(-1, keepdim=True))
+    wrong = got != want
+    assert wrong.double().mean() <= 1e-3
+    assert ((got - want).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("deq1", [0.0, 1e-42, -1e-42, 1e-5, -1e-5, 0.5, 1e30, -3e38])
+@pytest.mark.parametrize("p_scale", [0.0, 1e-42, 0.7, 127.0, 127.5, 1e30, -50.0])
+def test_extreme_scales(forward, deq1, p_scale):
+    """Finite whatever the scales are; the emulator says what."""
+    if current().name == "cpu" and abs(deq1) >= 0.5:
+        pytest.xfail("the CPU kernels scale such scores before they subtract the maximum")
+    q, k, v = (random_int8(1, 2, rows, 64, seed=i) for i, rows in enumerate((70, 300, 300)))
+    deq2 = 1 / 127
+    call = int8_call(q, k, v, deq1=deq1, p_scale=p_scale, deq2=deq2)
+    check(forward(*call.args, **call.options), call)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_integers_of_one_maximum_do_not_overflow(forward, monkeypatch, dim):
+    """133,000 keys of equal score: as int32 alone, the sum of P V would be beyond 2^31."""
+    if current().name != "cpu":
+        monkeypatch.setenv("PFA_NUM_SPLITS", "1")
+    keys = 140_000
+    q = torch.zeros(1, 1, 1, dim, dtype=torch.int8)
+    k = torch.ones(1, 1, 1, dim, dtype=torch.int8).expand(1, 1, keys, dim).contiguous()
+    v = torch.full((1, 1, keys, dim), -128, dtype=torch.int8)
+    call = int8_call(q, k, v)
+    assert (forward(*call.args, **call.options) == -128).all()
