@@ -68,7 +68,7 @@ class Plan:
     def cost(self, item: Item) -> float:
         """About seconds, for the progress bar."""
         if item.case is None:
-            return {"memory": 6.0, "limits": 4.0, "launch": 3.0}.get(item.kind, 2.0)
+            return {"memory": 6.0, "limits": 4.0, "launch": 8.0}.get(item.kind, 2.0)
         checks, rate = {"cpu": (0.3, 5e10), "cuda": (1.5, 1e14)}[self.device]
         return self.seconds + checks + 30 * item.case.nominal_flop / rate
 

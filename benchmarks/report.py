@@ -132,8 +132,14 @@ def ranges(rows: list[Result], peer: str) -> str:
 
 
 def launch(result: Result) -> str:
-    rows = [[x["case"], f"{x['us']:.1f}"] for x in result["launch"] if "us" in x]
-    return table(["call", "us"], rows)
+    rows = []
+    for x in result["launch"]:
+        if "us" not in x:
+            continue
+        empty = x.get("empty_us")
+        parts = ["", ""] if empty is None else [f"{empty:.1f}", f"{x['us'] - empty:.1f}"]
+        rows.append([x["case"], f"{x['us']:.1f}", *parts])
+    return table(["call", "us", "of it an empty operator", "and pfa"], rows)
 
 
 def memory(result: Result) -> str:

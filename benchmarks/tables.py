@@ -75,12 +75,16 @@ def peer_cell(row: dict[str, Any], peer: str, scale: float) -> str:
 def launch_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="host time of a call", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("call")
-    table.add_column("us", justify="right")
-    table.add_column("noise", justify="right")
+    for heading in ("us", "empty operator", "pfa", "target"):
+        table.add_column(heading, justify="right")
     for row in rows:
-        failed = (row.get("reason", ""), "")
-        cells = (f"{row['us']:.2f}", f"{100 * row['noise']:.0f}%") if "us" in row else failed
-        table.add_row(row["case"], *cells)
+        if "us" not in row:
+            table.add_row(row["case"], row.get("reason", ""))
+            continue
+        empty = row.get("empty_us")
+        parts = ("", "") if empty is None else (f"{empty:.2f}", f"{row['us'] - empty:.2f}")
+        target = f"{row['target_us']:.0f}" if "target_us" in row else ""
+        table.add_row(row["case"], f"{row['us']:.2f}", *parts, target)
     return table
 
 

@@ -55,6 +55,13 @@ def _forward_lse(
     return out, query.new_empty((query.shape[0], heads, rows), dtype=torch.float32)
 
 
+def _eager(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any, **named: Any
+) -> torch.Tensor:
+    names = [x.name for x in torch.ops.pfa.forward.default._schema.arguments]
+    return _forward(query, key, value, **dict(zip(names[3:], others, strict=False)), **named)
+
+
 def _check_inference(**arguments: Any) -> None:
     if not torch.is_grad_enabled():
         return
@@ -68,5 +75,7 @@ def _check_inference(**arguments: Any) -> None:
 
 torch.library.register_fake("pfa::forward", _forward)
 torch.library.register_fake("pfa::forward.tensor_lens", _forward)
+torch.library.register_fake("pfa::_eager", _eager)
+torch.library.register_fake("pfa::_eager.tensor_lens", _eager)
 torch.library.register_fake("pfa::forward_lse", _forward_lse)
 torch.library.register_fake("pfa::forward_lse.tensor_lens", _forward_lse)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -125,61 +127,89 @@ def prompt_flash_attention(
     >>> pfa.prompt_flash_attention(query, query, value, num_heads=2, sparse_mode=2)[0, :, 0]
     tensor([0., 2., 4.], dtype=torch.float16)
     """
-    if atten_mask is None and sparse_mode in _COMPRESSED_MODES:
-        atten_mask = _compressed_mask(query)
-    return _call(
+    arguments = (
         query,
         key,
         value,
-        pse_shift=pse_shift,
-        padding_mask=padding_mask,
-        atten_mask=atten_mask,
-        actual_seq_lengths=actual_seq_lengths,
-        deq_scale1=deq_scale1,
-        quant_scale1=quant_scale1,
-        deq_scale2=deq_scale2,
-        quant_scale2=quant_scale2,
-        quant_offset2=quant_offset2,
-        num_heads=num_heads,
-        scale_value=scale_value,
-        pre_tokens=pre_tokens,
-        next_tokens=next_tokens,
-        input_layout=input_layout,
-        num_key_value_heads=num_key_value_heads,
-        actual_seq_lengths_kv=actual_seq_lengths_kv,
-        sparse_mode=sparse_mode,
+        pse_shift,
+        padding_mask,
+        atten_mask,
+        actual_seq_lengths,
+        deq_scale1,
+        quant_scale1,
+        deq_scale2,
+        quant_scale2,
+        quant_offset2,
+        num_heads,
+        scale_value,
+        pre_tokens,
+        next_tokens,
+        input_layout,
+        num_key_value_heads,
+        actual_seq_lengths_kv,
+        sparse_mode,
     )
+    overload = _overload(actual_seq_lengths, actual_seq_lengths_kv)
+    plain = type(query) is type(key) is type(value) is torch.Tensor
+    if torch.compiler.is_compiling() or not plain or _tracked(arguments):
+        return _by_name(overload, arguments)
+    try:
+        out: torch.Tensor = _by_position(overload)(*arguments)
+    except RuntimeError as error:
+        raise _typed(error) from None
+    return out
+
+
+_NAMES = tuple(inspect.signature(prompt_flash_attention).parameters)
+_NUMBERS = _NAMES.index("num_heads")  # all tensors that can require grad stand before it
+
+
+def _overload(lengths: object, lengths_kv: object) -> str:
+    tensors = isinstance(lengths, torch.Tensor) + isinstance(lengths_kv, torch.Tensor)
+    if tensors == 0:
+        return "default"
+    if tensors == 1 and lengths is not None and lengths_kv is not None:
+        raise TypeError(
+            "pfa.forward: actual_seq_lengths and actual_seq_lengths_kv must both be tensors when "
+            "one of them is"
+        )
+    return "tensor_lens"
+
+
+def _tracked(arguments: tuple[object, ...]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    for x in arguments[:_NUMBERS]:  # noqa: SIM110  (a generator takes twice the time)
+        if x is not None and getattr(x, "requires_grad", False):
+            return True
+    return False
+
+
+@functools.cache
+def _by_position(overload: str) -> Callable[..., torch.Tensor]:
+    """The operator for plain tensors that require no grad; torch reads its arguments faster, since
+    they have no names."""
+    _library.require()
+    found: Callable[..., torch.Tensor] = getattr(torch.ops.pfa._eager, overload)
+    return found
+
+
+def _by_name(overload: str, arguments: tuple[Any, ...]) -> torch.Tensor:
+    _library.require()
+    query, key, value, *_ = arguments
+    others = dict(zip(_NAMES[3:], arguments[3:], strict=True))
+    if others["atten_mask"] is None and others["sparse_mode"] in _COMPRESSED_MODES:
+        others["atten_mask"] = _compressed_mask(query)
+    try:
+        out: torch.Tensor = getattr(torch.ops.pfa.forward, overload)(query, key, value, **others)
+    except RuntimeError as error:
+        raise _typed(error) from None
+    return out
 
 
 def _compressed_mask(query: torch.Tensor) -> torch.Tensor:
     # The content is not read, so one byte of any value stands for all of it.
     return query.new_empty((1,), dtype=torch.uint8).expand(_COMPRESSED_SIZE, _COMPRESSED_SIZE)
-
-
-def _call(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **others: Any
-) -> torch.Tensor:
-    _library.require()
-    lengths = others["actual_seq_lengths"], others["actual_seq_lengths_kv"]
-    overloads = torch.ops.pfa.forward
-    op = overloads.default
-    if isinstance(lengths[0], torch.Tensor) or isinstance(lengths[1], torch.Tensor):
-        if any(x is not None and not isinstance(x, torch.Tensor) for x in lengths):
-            raise TypeError(
-                "pfa.forward: actual_seq_lengths and actual_seq_lengths_kv must both be tensors "
-                "when one of them is"
-            )
-        op = overloads.tensor_lens
-    out: torch.Tensor
-    if torch.compiler.is_compiling():
-        out = op(query, key, value, **others)
-        return out
-    given = {name: x for name, x in others.items() if x is not None}  # each costs 0.4 us
-    try:
-        out = op(query, key, value, **given)
-    except RuntimeError as error:
-        raise _typed(error) from None
-    return out
 
 
 def _typed(error: RuntimeError) -> Exception:

@@ -11,9 +11,11 @@ import shutil
 import struct
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pfa
 
@@ -40,6 +42,41 @@ def test_overloads_differ_in_the_lengths_only() -> None:
     default = str(torch.ops.pfa.forward.default._schema)
     tensors = str(torch.ops.pfa.forward.tensor_lens._schema)
     assert default.replace("SymInt[]?", "Tensor?") == tensors.replace(".tensor_lens", "")
+
+
+def test_the_operator_by_position_is_the_operator() -> None:
+    for overload in ("default", "tensor_lens"):
+        named, by_position = (
+            str(getattr(op, overload)._schema).split("(", 1)[1]
+            for op in (torch.ops.pfa.forward, torch.ops.pfa._eager)
+        )
+        assert named.replace("*, ", "").replace("SymInt[]?", "int[]?") == by_position
+
+
+class Names(TorchDispatchMode):
+    """Keeps the names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lengths", [[3], torch.tensor([3])], ids=["list", "tensor"])
+def test_plain_tensors_go_by_position(lengths: Any) -> None:
+    plain = torch.randn(1, 4, 8).half()
+    options = {"num_heads": 2, "sparse_mode": 3, "actual_seq_lengths_kv": lengths}
+    results = []
+    for x in (plain, torch.nn.Parameter(plain, requires_grad=False)):
+        with Names() as names:
+            results.append(pfa.prompt_flash_attention(x, x, x, **options))
+        overload = "default" if isinstance(lengths, list) else "tensor_lens"
+        name = "_eager" if x is plain else "forward"
+        assert [n for n in names.seen if n.startswith("pfa")] == [f"pfa.{name}.{overload}"]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("module", ["pfa.api", "pfa.quant", "pfa.portable"])

@@ -287,9 +287,12 @@ def test_calls_of_sage_and_flashinfer(pattern: str, monkeypatch: pytest.MonkeyPa
 
 def test_launch_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "CALLS", 2)
+    monkeypatch.setattr(launch, "TURNS", 3)
     found = launch.measure("cpu")
     assert all(row["status"] == "ok" and row["us"] > 0 for row in found), found
     assert sum("int8" in row["case"] for row in found) == 1
+    assert all(row["empty_us"] > 0 for row in found if "target_us" in row)
+    assert sum("target_us" in row for row in found) == 1
 
 
 def test_every_suite_has_its_cases() -> None:

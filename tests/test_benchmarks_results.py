@@ -111,10 +111,11 @@ def test_a_result_that_is_not_there_is_pending(tmp_path, monkeypatch) -> None:
     with pytest.raises(results.Invalid, match="cannot be read"):
         report.fill(place)
     made = run_of(1.0, 1.0, 1.0, 1.0)
-    made["launch"] = [{"case": "a call", "us": 7.25}]
+    made["launch"] = [{"case": "a call", "us": 7.25, "empty_us": 5.0}, {"case": "b", "us": 1.0}]
     (tmp_path / "none.json").write_text(json.dumps(made))
     filled = report.fill(place)
-    assert "| a call | 7.2 |" in filled and "Pending" not in filled
+    assert "| a call | 7.2 | 5.0 | 2.2 |" in filled and "| b | 1.0 |  |  |" in filled
+    assert "Pending" not in filled
     assert report.fill(filled) == filled
 
 

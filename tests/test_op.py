@@ -92,6 +92,14 @@ def opcheck_all(op: Any, args: Arguments) -> None:
     opcheck(op, (args["query"], args["key"], args["value"]), others)
 
 
+def test_opcheck_by_position() -> None:
+    args = arguments("BSND", sparse_mode=2)
+    names = [x.name for x in torch.ops.pfa._eager.default._schema.arguments]
+    defaults = [x.default_value for x in torch.ops.pfa._eager.default._schema.arguments]
+    by_position = tuple(args.get(n, d) for n, d in zip(names, defaults, strict=True))
+    opcheck(torch.ops.pfa._eager.default, by_position)
+
+
 def transposed(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(-1, -2).contiguous().transpose(-1, -2)
 

@@ -6,12 +6,21 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace pfa::cuda {
 
-inline void check(cudaError_t status, const std::string& attempt) {
+// attempt: a text, or a function that makes one, which every launch would pay for otherwise.
+template <class Attempt>
+void check(cudaError_t status, const Attempt& attempt) {
   if (status == cudaSuccess) return;
-  throw std::runtime_error("pfa.forward failed to " + attempt + ": " + cudaGetErrorString(status));
+  std::string text;
+  if constexpr (std::is_invocable_v<Attempt>) {
+    text = attempt();
+  } else {
+    text = attempt;
+  }
+  throw std::runtime_error("pfa.forward failed to " + text + ": " + cudaGetErrorString(status));
 }
 
 }  // namespace pfa::cuda

@@ -299,9 +299,8 @@ class Launcher {
   [[nodiscard]] PackedMaskParams packed_mask() const {
     const int block_m = plan_.info.block_m, block_n = plan_.info.block_n;
     const PackedMaskPlan plan(problem_, block_m, block_n);
-    void* bits = allocate(plan.bits_bytes());
-    void* classes = allocate(plan.classes_bytes());
-    const PackedMaskParams packed = plan.params(bits, classes);
+    auto* bits = static_cast<char*>(allocate(plan.bits_bytes() + plan.classes_bytes()));
+    const PackedMaskParams packed = plan.params(bits, bits + plan.bits_bytes());
     pack_mask(problem_, plan, packed, block_m, block_n, stream_);
     return packed;
   }
@@ -319,8 +318,10 @@ class Launcher {
     split.channels = plan_.kernels.head_dim;
     const int64_t parts =
         problem_.batch * problem_.num_heads * problem_.seqlen_q * plan_.num_splits;
-    split.out = static_cast<float*>(allocate(parts * split.channels * int64_t{sizeof(float)}));
-    split.stats = static_cast<float2*>(allocate(parts * int64_t{sizeof(float2)}));
+    const int64_t sums = parts * split.channels;  // floats
+    constexpr int64_t kStatsBytes = sizeof(float2), kSumBytes = sizeof(float);
+    split.out = static_cast<float*>(allocate(sums * kSumBytes + parts * kStatsBytes));
+    split.stats = reinterpret_cast<float2*>(split.out + sums);
     return split;
   }
 

@@ -36,7 +36,10 @@ void allow_shared_memory(Kernel* kernel, int device) {
   const uint64_t bit = uint64_t{1} << (device % 64);
   if ((done.load(std::memory_order_acquire) & bit) != 0) return;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes),
-        "reserve " + std::to_string(T::kSharedBytes) + " bytes of shared memory for " + T::name());
+        [] {
+          return "reserve " + std::to_string(T::kSharedBytes) + " bytes of shared memory for " +
+                 T::name();
+        });
   done.fetch_or(bit, std::memory_order_release);
 }
 

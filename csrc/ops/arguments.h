@@ -2,16 +2,14 @@
 // The schema's arguments under the caller's names. Nothing below validate.h sees these names.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
 
-namespace pfa {
+#include "tensor.h"
 
-using torch::stable::Tensor;
+namespace pfa {
 
 // A host list (overload "forward") or an integer tensor on the call's device
 // ("forward.tensor_lens").
@@ -37,6 +35,8 @@ struct Arguments {
   int64_t num_key_value_heads;  // 0 = num_heads
   Lengths actual_seq_lengths_kv;
   int64_t sparse_mode;
+  // It has made sure that nothing requires grad, and leaves out a compressed mask.
+  bool from_front_end = false;
 };
 
 }  // namespace pfa

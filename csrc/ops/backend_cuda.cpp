@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backend_cuda.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -37,15 +35,13 @@ void* current_stream(int device) {
 
 // Memory of torch's allocator, which gives it to later work on the same stream only.
 struct Workspace {
-  const Tensor& like;
+  const Tensor& beside;
   std::vector<Tensor> blocks;
 
   static void* allocate(int64_t bytes, void* context) {
     auto& self = *static_cast<Workspace*>(context);
-    const std::vector<int64_t> size{bytes};
     try {
-      self.blocks.push_back(
-          torch::stable::new_empty(self.like, size, torch::headeronly::ScalarType::Byte));
+      self.blocks.push_back(Tensor::empty({bytes}, 1, ScalarType::Byte, self.beside));
     } catch (const std::runtime_error&) {  // the reason does not cross the stable ABI before 2.13
       throw std::runtime_error("pfa.forward ran out of memory for its workspace");
     }
@@ -54,7 +50,7 @@ struct Workspace {
 };
 
 int device_of(const Tensor& query) {
-  return query.is_cpu() ? kDeviceOfHostMemory : query.get_device_index();
+  return query.is_cpu() ? kDeviceOfHostMemory : query.device_index();
 }
 
 }  // namespace

@@ -3,19 +3,8 @@
 
 namespace pfa {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-ScalarType dtype_of(const Tensor& tensor) {
-  try {
-    return tensor.scalar_type();
-  } catch (const std::runtime_error&) {
-    return ScalarType::Undefined;
-  }
-}
-
 std::string dtype_text(const Tensor& tensor) {
-  switch (dtype_of(tensor)) {
+  switch (tensor.dtype()) {
     case ScalarType::Half:
       return "float16";
     case ScalarType::BFloat16:

@@ -6,11 +6,11 @@
 // "is not implemented" a NotImplementedError, any other "pfa.forward: " text a ValueError.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <sstream>
 #include <stdexcept>
 #include <string>
+
+#include "tensor.h"
 
 namespace pfa {
 
@@ -28,11 +28,8 @@ template <class... Parts>
     if (!(condition)) pfa::fail(__VA_ARGS__); \
   } while (false)
 
-// ScalarType::Undefined for a dtype that the stable ABI does not know.
-[[nodiscard]] torch::headeronly::ScalarType dtype_of(const torch::stable::Tensor& tensor);
-
 // As Python prints them: "float16" and "(2, 3)".
-[[nodiscard]] std::string dtype_text(const torch::stable::Tensor& tensor);
-[[nodiscard]] std::string shape_text(const torch::stable::Tensor& tensor);
+[[nodiscard]] std::string dtype_text(const Tensor& tensor);
+[[nodiscard]] std::string shape_text(const Tensor& tensor);
 
 }  // namespace pfa

@@ -2,8 +2,6 @@
 // The order of the checks (docs/semantics.md, section 8), the output, and the pointers.
 #include "validate.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
@@ -16,8 +14,6 @@
 namespace pfa {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 DType problem_dtype(ScalarType dtype) {
   if (dtype == ScalarType::Char) return DType::kInt8;
   return dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
@@ -25,21 +21,22 @@ DType problem_dtype(ScalarType dtype) {
 
 ScalarType output_dtype(const Arguments& args) {
   if (args.quant_scale2) return ScalarType::Char;
-  const ScalarType dtype = args.query.scalar_type();
+  const ScalarType dtype = args.query.dtype();
   return dtype == ScalarType::Char ? ScalarType::Half : dtype;
 }
 
 Tensor new_output(const Arguments& args, Layout layout, bool zeros) {
-  const auto sizes = args.query.sizes();
-  std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  if (layout == Layout::kBnsdBsnd) std::swap(shape[1], shape[2]);
-  const ScalarType dtype = output_dtype(args);
+  const Tensor& q = args.query;
+  Sizes sizes{};
+  std::copy_n(q.sizes(), q.dim(), sizes.begin());
+  if (layout == Layout::kBnsdBsnd) std::swap(sizes[1], sizes[2]);
   try {
-    return zeros ? torch::stable::new_zeros(args.query, shape, dtype)
-                 : torch::stable::new_empty(args.query, shape, dtype);
+    Tensor out = Tensor::empty(sizes, q.dim(), output_dtype(args), q);
+    if (zeros) out.zero();
+    return out;
   } catch (const std::runtime_error&) {  // the reason does not cross the stable ABI before 2.13
     throw std::runtime_error("pfa.forward could not allocate an output as large as query, " +
-                             shape_text(args.query));
+                             shape_text(q));
   }
 }
 
@@ -48,11 +45,11 @@ Tensor new_lse(const Arguments& args, Layout layout, bool no_keys) {
   const Tensor& q = args.query;
   const bool rows_first = rows_are_before_heads(layout);
   const int64_t heads = layout == Layout::kBsh ? args.num_heads : q.size(rows_first ? 2 : 1);
-  const std::vector<int64_t> shape{q.size(0), std::max<int64_t>(heads, 0),
-                                   q.size(rows_first ? 1 : 2)};
+  const Sizes sizes{q.size(0), std::max<int64_t>(heads, 0), q.size(rows_first ? 1 : 2)};
   try {
-    Tensor lse = torch::stable::new_empty(q, shape, ScalarType::Float);
-    return no_keys ? torch::stable::fill_(lse, -std::numeric_limits<double>::infinity()) : lse;
+    Tensor lse = Tensor::empty(sizes, 3, ScalarType::Float, q);
+    if (no_keys) lse.fill(-std::numeric_limits<double>::infinity());
+    return lse;
   } catch (const std::runtime_error&) {
     throw std::runtime_error("pfa.forward_lse could not allocate softmax_lse for query of shape " +
                              shape_text(q));
@@ -63,7 +60,7 @@ Tensor new_lse(const Arguments& args, Layout layout, bool no_keys) {
 const Tensor& readable(const Tensor& tensor, Call& call) {
   const int64_t last = tensor.dim() - 1;
   if (last < 0 || tensor.size(last) == 1 || tensor.stride(last) == 1) return tensor;
-  return call.copies.emplace_back(torch::stable::contiguous(tensor));
+  return call.copies.emplace_back(tensor.contiguous());
 }
 
 // Beside inputs in host memory, which kernels can read where such a call gets here, scalars of rank
@@ -73,15 +70,16 @@ bool passed_by_value(const Tensor& scale, const Arguments& args, Backend backend
   return !args.query.is_cpu() || scale.dim() == 0;
 }
 
-Scale scale_of(const std::optional<Tensor>& tensor, const Arguments& args, Call& call) {
-  if (!tensor) return {};
+const Tensor* given(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
+
+Scale scale_of(const Tensor* tensor, const Arguments& args, Call& call) {
+  if (tensor == nullptr) return {};
   const bool per_channel = tensor->numel() != 1;
   const bool copy = per_channel && !tensor->is_contiguous();
-  const Tensor& dense =
-      copy ? call.copies.emplace_back(torch::stable::contiguous(*tensor)) : *tensor;
+  const Tensor& dense = copy ? call.copies.emplace_back(tensor->contiguous()) : *tensor;
   ScaleType type = ScaleType::kPacked64;
-  if (dense.scalar_type() == ScalarType::Float) type = ScaleType::kFloat32;
-  if (dense.scalar_type() == ScalarType::BFloat16) type = ScaleType::kBFloat16;
+  if (dense.dtype() == ScalarType::Float) type = ScaleType::kFloat32;
+  if (dense.dtype() == ScalarType::BFloat16) type = ScaleType::kBFloat16;
   Scale scale{dense.const_data_ptr(), type, per_channel ? 1 : 0};
   if (passed_by_value(dense, args, call.backend)) {
     const float value = cpu::read_scale(scale, 0);
@@ -118,7 +116,6 @@ OutputView output_view(const Tensor& out, const Problem& p, bool rows_first) {
 
 // Every check has passed; from here on tensors are copied where their strides demand it.
 void set_data(const Arguments& args, Layout layout, Call& call) {
-  call.copies.reserve(8);  // readable() hands out references into it
   Problem& p = call.problem;
   p.q = view_of(readable(args.query, call), layout, p.head_dim);
   p.k = view_of(readable(args.key, call), layout, p.head_dim);
@@ -127,10 +124,10 @@ void set_data(const Arguments& args, Layout layout, Call& call) {
   p.out = output_view(call.out, p, rows_are_before_heads(layout) || layout == Layout::kBnsdBsnd);
   if (reads_mask(args)) set_mask_data(*args.atten_mask, call);
   if (args.pse_shift) set_bias_data(*args.pse_shift, call);
-  p.quant.descale_s = scale_of(args.deq_scale1, args, call);
-  p.quant.scale_p = scale_of(args.quant_scale1, args, call);
-  p.quant.descale_o = scale_of(args.deq_scale2, args, call);
-  p.quant.scale_out = scale_of(args.quant_scale2, args, call);
+  p.quant.descale_s = scale_of(given(args.deq_scale1), args, call);
+  p.quant.scale_p = scale_of(given(args.quant_scale1), args, call);
+  p.quant.descale_o = scale_of(given(args.deq_scale2), args, call);
+  p.quant.scale_out = scale_of(given(args.quant_scale2), args, call);
   p.quant.offset_out = scale_of(given_offset(args), args, call);
 }
 
@@ -147,7 +144,7 @@ void set_problem(const Arguments& args, Layout layout, Call& call) {
   set_band(args, p);
   check_interception(args, p);
   check_scale_shapes(args, p);
-  p.dtype = problem_dtype(args.query.scalar_type());
+  p.dtype = problem_dtype(args.query.dtype());
   p.dtype_out = problem_dtype(output_dtype(args));
   p.softmax_scale = static_cast<float>(args.scale_value);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <list>
 #include <optional>
 #include <vector>
 
@@ -18,7 +19,7 @@ struct Call {
   Tensor out;  // fresh and contiguous
   std::optional<Tensor> lse;
   bool nothing_to_compute;  // out is final as it stands
-  std::vector<Tensor> copies;
+  std::list<Tensor> copies;
   std::vector<int64_t> seqused_q, seqused_k;
 };
 

@@ -8,8 +8,6 @@
 namespace pfa {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 void check_count(const char* name, int64_t count, int64_t batch) {
   PFA_CHECK(count == 1 || count >= batch, name,
             " must have one entry or at least one per batch element (", batch, "), got ", count);
@@ -31,7 +29,7 @@ DeviceLengths view_tensor(const char* name, const Tensor& tensor, int64_t batch)
   PFA_CHECK(tensor.dim() == 1, name, " must have one dimension, got shape ", shape_text(tensor));
   check_count(name, tensor.size(0), batch);
   const int64_t stride = tensor.size(0) == 1 ? 0 : tensor.stride(0);
-  return {tensor.const_data_ptr(), stride, tensor.scalar_type() == ScalarType::Long};
+  return {tensor.const_data_ptr(), stride, tensor.dtype() == ScalarType::Long};
 }
 
 // Clamped rather than judged, as on a GPU, where nobody sees the values in time.
@@ -47,7 +45,7 @@ void read_tensor(const DeviceLengths& lengths, int64_t seqlen, std::vector<int64
 // Where one problem's lengths of queries or of keys go.
 struct Target {
   Backend backend;
-  int64_t seqlen;
+  int64_t batch, seqlen;
   std::vector<int64_t>& used;    // (batch), what host points to
   const int64_t*& host;          // null when every element is used in full
   DeviceLengths& on_the_device;  // instead of host, for a tensor in the CUDA backend
@@ -55,14 +53,15 @@ struct Target {
 
 void set(const char* name, const Lengths& lengths, const Target& target) {
   if (lengths.tensor) {
-    const auto batch = static_cast<int64_t>(target.used.size());
-    const DeviceLengths view = view_tensor(name, *lengths.tensor, batch);
+    const DeviceLengths view = view_tensor(name, *lengths.tensor, target.batch);
     if (target.backend == Backend::kCuda) {
       target.on_the_device = view;
       return;
     }
+    target.used.resize(target.batch);
     read_tensor(view, target.seqlen, target.used);
   } else if (lengths.list && !lengths.list->empty()) {
+    target.used.resize(target.batch);
     read_list(name, *lengths.list, target.seqlen, target.used);
   } else {
     return;
@@ -76,12 +75,10 @@ void set(const char* name, const Lengths& lengths, const Target& target) {
 
 void set_lengths(const Arguments& args, Call& call) {
   Problem& p = call.problem;
-  call.seqused_q.resize(p.batch);
-  call.seqused_k.resize(p.batch);
   set("actual_seq_lengths", args.actual_seq_lengths,
-      {call.backend, p.seqlen_q, call.seqused_q, p.seqused_q, p.device_seqused_q});
+      {call.backend, p.batch, p.seqlen_q, call.seqused_q, p.seqused_q, p.device_seqused_q});
   set("actual_seq_lengths_kv", args.actual_seq_lengths_kv,
-      {call.backend, p.seqlen_k, call.seqused_k, p.seqused_k, p.device_seqused_k});
+      {call.backend, p.batch, p.seqlen_k, call.seqused_k, p.seqused_k, p.device_seqused_k});
 }
 
 }  // namespace pfa

@@ -9,8 +9,6 @@
 namespace pfa {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 __extension__ typedef __int128 Wide;  // sums of two token counts
 
 constexpr int64_t kCompressedSize = 2048;
@@ -81,13 +79,13 @@ bool reads_mask(const Arguments& args) { return args.atten_mask && args.sparse_m
 
 void check_mask_dtypes(const Arguments& args) {
   if (args.pse_shift) {
-    const bool bfloat = args.query.scalar_type() == ScalarType::BFloat16;
-    PFA_CHECK(dtype_of(*args.pse_shift) == (bfloat ? ScalarType::BFloat16 : ScalarType::Half),
+    const bool bfloat = args.query.dtype() == ScalarType::BFloat16;
+    PFA_CHECK(args.pse_shift->dtype() == (bfloat ? ScalarType::BFloat16 : ScalarType::Half),
               "pse_shift must have dtype ", bfloat ? "bfloat16" : "float16", " when query is ",
               dtype_text(args.query), ", got ", dtype_text(*args.pse_shift));
   }
   if (args.atten_mask) {
-    const ScalarType dtype = dtype_of(*args.atten_mask);
+    const ScalarType dtype = args.atten_mask->dtype();
     PFA_CHECK(
         dtype == ScalarType::Bool || dtype == ScalarType::Char || dtype == ScalarType::Byte,
         "atten_mask must have dtype bool, int8 or uint8 with nonzero meaning masked out, got ",
@@ -104,7 +102,10 @@ void check_sparse_mode(const Arguments& args) {
 }
 
 void set_mask(const Arguments& args, Problem& problem) {
-  if (args.sparse_mode > kAllMask) return check_compressed_mask(args);
+  if (args.sparse_mode > kAllMask) {
+    if (args.atten_mask || !args.from_front_end) check_compressed_mask(args);
+    return;
+  }
   PFA_CHECK(args.atten_mask || args.sparse_mode == kDefault,
             "atten_mask must be given for sparse_mode 1, got None");
   if (args.atten_mask) check_full_mask(*args.atten_mask, problem);
@@ -119,8 +120,7 @@ void set_bias(const Arguments& args, Problem& problem) {
   PFA_CHECK(ok, "pse_shift must have shape (1 or B, N, Sq, Skv) with B = ", problem.batch,
             ", N = ", problem.num_heads, ", Sq >= ", problem.seqlen_q,
             " and Skv >= ", problem.seqlen_k, ", got ", shape_text(pse));
-  problem.bias.dtype =
-      pse.scalar_type() == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
+  problem.bias.dtype = pse.dtype() == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
 }
 
 void set_band(const Arguments& args, Problem& problem) {

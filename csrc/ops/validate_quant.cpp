@@ -7,8 +7,6 @@
 namespace pfa {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 __extension__ typedef __int128 Wide;  // sums of a token count and two lengths
 
 bool is_deq_dtype(ScalarType dtype) {
@@ -16,7 +14,7 @@ bool is_deq_dtype(ScalarType dtype) {
 }
 
 void check_deq_dtype(const char* name, const std::optional<Tensor>& scale) {
-  PFA_CHECK(!scale || is_deq_dtype(dtype_of(*scale)), name,
+  PFA_CHECK(!scale || is_deq_dtype(scale->dtype()), name,
             " must have dtype float32, uint64 or int64, got ", dtype_text(*scale));
 }
 
@@ -41,45 +39,43 @@ bool leaves_rows_out(const Arguments& args, int64_t q, int64_t kv) {
 
 }  // namespace
 
-std::optional<Tensor> given_offset(const Arguments& args) {
+const Tensor* given_offset(const Arguments& args) {
   const auto& offset = args.quant_offset2;
-  return offset && offset->numel() > 0 ? offset : std::nullopt;
+  return offset && offset->numel() > 0 ? &*offset : nullptr;
 }
 
 void check_scale_dtypes(const Arguments& args) {
   check_deq_dtype("deq_scale1", args.deq_scale1);
   check_deq_dtype("deq_scale2", args.deq_scale2);
   if (args.deq_scale1 && args.deq_scale2) {
-    PFA_CHECK(dtype_of(*args.deq_scale1) == dtype_of(*args.deq_scale2),
-              "deq_scale2 must have dtype ", dtype_text(*args.deq_scale1), " like deq_scale1, got ",
-              dtype_text(*args.deq_scale2));
+    PFA_CHECK(args.deq_scale1->dtype() == args.deq_scale2->dtype(), "deq_scale2 must have dtype ",
+              dtype_text(*args.deq_scale1), " like deq_scale1, got ", dtype_text(*args.deq_scale2));
   }
-  PFA_CHECK(!args.quant_scale1 || dtype_of(*args.quant_scale1) == ScalarType::Float,
+  PFA_CHECK(!args.quant_scale1 || args.quant_scale1->dtype() == ScalarType::Float,
             "quant_scale1 must have dtype float32, got ", dtype_text(*args.quant_scale1));
-  const bool bfloat = args.query.scalar_type() == ScalarType::BFloat16;
+  const bool bfloat = args.query.dtype() == ScalarType::BFloat16;
   const char* allowed =
       bfloat ? "float32 or bfloat16" : "float32 (bfloat16 needs a bfloat16 query)";
-  const auto check_quant2 = [&](const char* name, const std::optional<Tensor>& tensor) {
-    if (!tensor) return;
-    const ScalarType dtype = dtype_of(*tensor);
+  const auto check_quant2 = [&](const char* name, const Tensor& tensor) {
+    const ScalarType dtype = tensor.dtype();
     PFA_CHECK(dtype == ScalarType::Float || (bfloat && dtype == ScalarType::BFloat16), name,
-              " must have dtype ", allowed, ", got ", dtype_text(*tensor));
+              " must have dtype ", allowed, ", got ", dtype_text(tensor));
   };
-  const std::optional<Tensor> offset = given_offset(args);
-  check_quant2("quant_scale2", args.quant_scale2);
-  check_quant2("quant_offset2", offset);
-  if (args.quant_scale2 && offset) {
-    PFA_CHECK(dtype_of(*offset) == dtype_of(*args.quant_scale2), "quant_offset2 must have dtype ",
+  const Tensor* offset = given_offset(args);
+  if (args.quant_scale2) check_quant2("quant_scale2", *args.quant_scale2);
+  if (offset != nullptr) check_quant2("quant_offset2", *offset);
+  if (args.quant_scale2 && offset != nullptr) {
+    PFA_CHECK(offset->dtype() == args.quant_scale2->dtype(), "quant_offset2 must have dtype ",
               dtype_text(*args.quant_scale2), " like quant_scale2, got ", dtype_text(*offset));
   }
 }
 
 void check_scale_combination(const Arguments& args) {
-  const bool int8_query = args.query.scalar_type() == ScalarType::Char;
+  const bool int8_query = args.query.dtype() == ScalarType::Char;
   check_given("deq_scale1", args.deq_scale1, int8_query);
   check_given("quant_scale1", args.quant_scale1, int8_query);
   check_given("deq_scale2", args.deq_scale2, int8_query);
-  PFA_CHECK(args.quant_scale2 || !given_offset(args),
+  PFA_CHECK(args.quant_scale2 || given_offset(args) == nullptr,
             "quant_offset2 must be None unless quant_scale2 is given, got a tensor of shape ",
             shape_text(*args.quant_offset2));
 }
@@ -93,7 +89,7 @@ void check_interception(const Arguments& args, const Problem& problem) {
             "pre_tokens and next_tokens must not be negative for an int8 output in sparse_mode 4, "
             "got ",
             args.pre_tokens, " and ", args.next_tokens);
-  if (!given_offset(args)) return;
+  if (given_offset(args) == nullptr) return;
   PFA_CHECK(mode != 0 || !args.atten_mask || args.next_tokens >= 0,
             "next_tokens must not be negative when quant_offset2 is given, got ", args.next_tokens);
   if (!lengths_are_known(args)) return;
@@ -118,9 +114,10 @@ void check_scale_shapes(const Arguments& args, const Problem& problem) {
   PFA_CHECK(count == 1 || count == channels,
             "quant_scale2 must have one element or num_heads * head_dim = ", channels,
             ", got shape ", shape_text(*args.quant_scale2));
-  const std::optional<Tensor> offset = given_offset(args);
-  PFA_CHECK(!offset || offset->numel() == count, "quant_offset2 must have as many elements as ",
-            "quant_scale2 (", count, "), got shape ", shape_text(*offset));
+  const Tensor* offset = given_offset(args);
+  PFA_CHECK(offset == nullptr || offset->numel() == count,
+            "quant_offset2 must have as many elements as ", "quant_scale2 (", count,
+            "), got shape ", shape_text(*offset));
 }
 
 }  // namespace pfa

@@ -39,7 +39,7 @@ void set_band(const Arguments& args, Problem& problem);
 [[nodiscard]] bool reads_mask(const Arguments& args);
 
 // validate_quant.cpp
-[[nodiscard]] std::optional<Tensor> given_offset(const Arguments& args);  // none when it is empty
+[[nodiscard]] const Tensor* given_offset(const Arguments& args);  // none when it is empty
 void check_scale_dtypes(const Arguments& args);
 void check_scale_combination(const Arguments& args);
 void check_interception(const Arguments& args, const Problem& problem);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Devices, dtypes, layout, and the shapes of query, key and value against the head counts.
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -8,8 +9,6 @@
 
 namespace pfa {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 constexpr int64_t kMaxBatch = 65536;
 constexpr int64_t kMaxHeads = 256;
@@ -21,10 +20,10 @@ struct Axes {
 };
 
 Axes axes_of(const Tensor& tensor, Layout layout, int64_t heads) {
-  const auto n = tensor.sizes();
-  if (layout == Layout::kBsh) return {n[0], heads, n[1], n[2] / heads};
-  if (layout == Layout::kBsnd) return {n[0], n[2], n[1], n[3]};
-  return {n[0], n[1], n[2], n[3]};
+  const auto n = [&](int64_t i) { return tensor.size(i); };
+  if (layout == Layout::kBsh) return {n(0), heads, n(1), n(2) / heads};
+  if (layout == Layout::kBsnd) return {n(0), n(2), n(1), n(3)};
+  return {n(0), n(1), n(2), n(3)};
 }
 
 int64_t kv_heads(const Arguments& args) {
@@ -55,9 +54,8 @@ void check_head_dim(const char* name, const Tensor& tensor, Layout layout, int64
 }  // namespace
 
 void check_devices(const Arguments& args) {
-  const auto device = args.query.device();
   const auto check = [&](const char* name, const Tensor& tensor) {
-    PFA_CHECK(tensor.device() == device, name, " must be on the device of query");
+    PFA_CHECK(tensor.is_on_device_of(args.query), name, " must be on the device of query");
   };
   const auto check_optional = [&](const char* name, const std::optional<Tensor>& tensor) {
     if (tensor) check(name, *tensor);
@@ -80,18 +78,18 @@ void check_devices(const Arguments& args) {
 }
 
 void check_dtypes(const Arguments& args) {
-  const ScalarType dtype = dtype_of(args.query);
+  const ScalarType dtype = args.query.dtype();
   PFA_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Char,
             "query must have dtype float16, bfloat16 or int8, got ", dtype_text(args.query));
-  PFA_CHECK(dtype_of(args.key) == dtype, "key must have dtype ", dtype_text(args.query),
+  PFA_CHECK(args.key.dtype() == dtype, "key must have dtype ", dtype_text(args.query),
             " like query, got ", dtype_text(args.key));
-  PFA_CHECK(dtype_of(args.value) == dtype, "value must have dtype ", dtype_text(args.query),
+  PFA_CHECK(args.value.dtype() == dtype, "value must have dtype ", dtype_text(args.query),
             " like query, got ", dtype_text(args.value));
   PFA_CHECK(!args.padding_mask, "padding_mask is reserved and must be None, got a tensor of shape ",
             shape_text(*args.padding_mask));
   const auto check_lengths = [](const char* name, const std::optional<Tensor>& tensor) {
     if (!tensor) return;
-    const ScalarType found = dtype_of(*tensor);
+    const ScalarType found = tensor->dtype();
     PFA_CHECK(found == ScalarType::Int || found == ScalarType::Long, name,
               " must have dtype int32 or int64, got ", dtype_text(*tensor));
   };
@@ -112,11 +110,10 @@ Layout check_layout(const Arguments& args) {
        {"BSND", Layout::kBsnd},
        {"BNSD", Layout::kBnsd},
        {"BNSD_BSND", Layout::kBnsdBsnd}}};
-  const std::pair<const char*, Layout>* entry = nullptr;
-  for (const auto& candidate : kLayouts) {
-    if (args.input_layout == candidate.first) entry = &candidate;
-  }
-  PFA_CHECK(entry != nullptr, "input_layout must be BSH, BSND, BNSD or BNSD_BSND, got ",
+  const auto* entry = std::find_if(kLayouts.begin(), kLayouts.end(), [&](const auto& candidate) {
+    return args.input_layout == candidate.first;
+  });
+  PFA_CHECK(entry != kLayouts.end(), "input_layout must be BSH, BSND, BNSD or BNSD_BSND, got ",
             args.input_layout);
   const int64_t rank = entry->second == Layout::kBsh ? 3 : 4;
   const auto check_rank = [&](const char* name, const Tensor& tensor) {
@@ -169,7 +166,7 @@ void check_batch(const Arguments& args, Layout layout, const Problem& problem) {
             ", got ", problem.batch);
   PFA_CHECK(problem.num_heads <= kMaxHeads, "num_heads must be at most ", kMaxHeads, ", got ",
             problem.num_heads);
-  PFA_CHECK(k.rows > 0 || args.query.scalar_type() != ScalarType::Char,
+  PFA_CHECK(k.rows > 0 || args.query.dtype() != ScalarType::Char,
             "key must not be empty when query is int8, got shape ", shape_text(args.key));
 }
 
@@ -179,10 +176,10 @@ bool rows_are_before_heads(Layout layout) {
 
 InputView view_of(const Tensor& tensor, Layout layout, int64_t head_dim) {
   const void* data = tensor.const_data_ptr();
-  const auto stride = tensor.strides();
-  if (layout == Layout::kBsh) return {data, stride[0], head_dim, stride[1]};
-  if (layout == Layout::kBsnd) return {data, stride[0], stride[2], stride[1]};
-  return {data, stride[0], stride[1], stride[2]};
+  const auto stride = [&](int64_t i) { return tensor.stride(i); };
+  if (layout == Layout::kBsh) return {data, stride(0), head_dim, stride(1)};
+  if (layout == Layout::kBsnd) return {data, stride(0), stride(2), stride(1)};
+  return {data, stride(0), stride(1), stride(2)};
 }
 
 }  // namespace pfa

@@ -33,11 +33,13 @@ template <class Element, int kHeadDim>
 int blocks_per_sm(const Variant& variant, int device) {
   return with_traits<Element, kHeadDim>(variant, [&](auto traits) {
     using T = decltype(traits);
+    thread_local int known = -1, blocks = 0;  // as in Device::of
+    if (known == device) return blocks;
     allow_shared_memory<T>(forward_kernel<T>, device);
-    int blocks = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, forward_kernel<T>, T::kThreads,
                                                         T::kSharedBytes),
-          "ask for the occupancy of " + T::name());
+          [] { return "ask for the occupancy of " + T::name(); });
+    known = device;
     return blocks;
   });
 }
@@ -53,7 +55,7 @@ void launch(const Variant& variant, const Params& params, int64_t blocks, int de
       const int64_t left = blocks - part.first_block;
       const auto grid = static_cast<unsigned>(left < kMaxGrid ? left : kMaxGrid);
       forward_kernel<T><<<grid, T::kThreads, T::kSharedBytes, stream>>>(part);
-      check(cudaGetLastError(), "launch " + T::name());
+      check(cudaGetLastError(), [] { return "launch " + T::name(); });
       part.first_block += grid;
     }
   });

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../device.h"
 #include "../family.cuh"
 #include "kernel.cuh"
 
@@ -77,7 +78,8 @@ void launch_clusters(const Arguments& arguments, unsigned clusters, cudaStream_t
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = T::kCluster > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, forward_kernel<T>, arguments), "launch " + T::name());
+  check(cudaLaunchKernelEx(&config, forward_kernel<T>, arguments),
+        [] { return "launch " + T::name(); });
 }
 
 template <class Element, int kHeadDim>
@@ -94,10 +96,7 @@ void launch(const Variant& variant, const Params& params, int64_t blocks, int de
         params, {T::kBoxColumns, T::kBlockM, T::kBlockN, T::kRowsV, T::Element::kBytes});
     a.blocks = static_cast<uint32_t>(blocks);
     const bool stays = is_uniform(params);
-    int multiprocessors = 0;
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-          "read the attributes of the GPU");
-    const int workers = multiprocessors / T::kCluster;
+    const int workers = Device::of(device).multiprocessors / T::kCluster;
     if (stays && depends_on_rows(params)) a.section = heads_of_section(params, workers);
     const int64_t most = stays ? workers : kMaxGrid / T::kCluster;
     do {
