@@ -20,7 +20,7 @@ KINDS = {"bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 # Head dimensions that a family has kernels for. It takes a call whose head_dim is not above its
 # largest; the sm80 family takes the rest.
 BUCKETS = {
-    "sm90": {"bf16": (64, 128, 256, 384, 512), "fp16": (64, 128, 256, 384, 512)},
+    "sm90": dict.fromkeys(("bf16", "fp16"), (64, 96, 128, 192, 256, 384, 512)),
     "sm80": dict.fromkeys(KINDS, (64, 96, 128, 192, 256, 384, 512)),
 }
 DIMS = BUCKETS["sm80"]["bf16"]

@@ -54,10 +54,12 @@ class Machine:
     peer_tflops: dict[tuple[int, str], dict[int, float]] = dataclasses.field(default_factory=dict)
 
 
-def speeds(dtype: str, seqlens: tuple[int, ...]) -> list[Case]:
+def speeds(
+    dtype: str, seqlens: tuple[int, ...], head_dims: tuple[int, ...] = HEAD_DIMS
+) -> list[Case]:
     return [
         Case(dtype, head_dim, pattern, seqlen)
-        for head_dim in HEAD_DIMS
+        for head_dim in head_dims
         for pattern in ("full", "causal")
         for seqlen in seqlens
     ]
@@ -151,7 +153,10 @@ MACHINES = {
         cc=90,
         sms=132,
         hbm_tbs=3.35,
-        cases=(*speeds("fp16", SEQLENS), *ratios("fp16", 128)),
+        cases=(
+            *speeds("fp16", SEQLENS, (64, 96, 128, 192, 256)),
+            *ratios("fp16", 128),
+        ),
         targets=(
             *map(against_fa3, speeds("fp16", SEQLENS)),
             slowdown_to(of_width_128("causal-mask"), of_width_128("causal"), round(1 / 0.95, 3)),

@@ -79,10 +79,15 @@ Kernels sm90_bucket(int64_t head_dim) {
       head_dim);
 }
 
+template <class Element>
+Kernels sm90_kernels(int64_t head_dim) {
+  return sm90_bucket<Element, 64, 96, 128, 192, 256, 384, 512>(head_dim);
+}
+
 Kernels sm90_kernels(const Problem& problem) {
   const bool is_bf16 = problem.dtype == DType::kBFloat16;
-  return is_bf16 ? sm90_bucket<BFloat16, 64, 128, 256, 384, 512>(problem.head_dim)
-                 : sm90_bucket<Float16, 64, 128, 256, 384, 512>(problem.head_dim);
+  return is_bf16 ? sm90_kernels<BFloat16>(problem.head_dim)
+                 : sm90_kernels<Float16>(problem.head_dim);
 }
 #endif
 

@@ -27,6 +27,9 @@ struct Tile {
 //   D64:  128x128, 4 stages 331 and 430; 192x128, 4 stages 329 and 451
 //   D128: 128x128, 2 stages 478 and 605; 3 stages 432 and 597
 //   D256: 128x80 500 and 686
+// and since:
+//   D96:  128x128, 2 stages 492 and 596; 3 stages 496 and 596; 192x96 402 and 585
+//   D192: 128x80 534 and 684; 128x64 536 and 680; 128x112 494 and 687
 PFA_HOST_DEVICE constexpr Tile tile_of(int head_dim, bool is_dense, bool has_bias) {
   const bool whole_cells = is_dense || has_bias;
   if (head_dim <= 64) return {whole_cells ? 128 : 192, 128, has_bias ? 3 : 4};
