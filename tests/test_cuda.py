@@ -231,6 +231,18 @@ def test_reason_is_part_of_the_choice(on_cuda):
     assert choice.kernel.startswith("sm80")
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_mask_in_words_or_bytes(on_cuda, first):
+    """Rows that start at multiples of 16 bytes are read in other words; the bits are the same."""
+    call, _ = prepared(Case("fp16", sq=100, sk=600, dim=64))
+    values = torch.tensor([0, 0, 0, 1, 128, 255], dtype=torch.uint8)
+    picks = torch.randint(0, 6, (2, 100, 640), generator=torch.Generator().manual_seed(1))
+    mask = values[picks]
+    mask[1, :, 1:601] = mask[0, :, :600]
+    call = call.with_(atten_mask=mask[first, :, first : first + 600])
+    check(on_cuda.operator()(*call.args, **call.options), call, backend=on_cuda)
+
+
 # Twice to four times what two roundings of the output, of P and of what plain sums lose give.
 NMSE = {"bf16": 2.0**-16, "fp16": 2.0**-22, "int8": 2.0**-12}
 
