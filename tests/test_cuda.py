@@ -150,6 +150,7 @@ GUARDED = [
     kernel_case("int8", 96, True, True, batch=2, k_lens=(200, 77)),
     Case("bf16", sq=33, sk=72, dim=64, pse=Pse(), mask=Mask(2), mode=1),
     Case("fp16", sq=33, sk=71, dim=72, pse=Pse(), mask=Mask(4, pad=1), mode=1),
+    Case("bf16", batch=2, sq=33, sk=77, dim=64, pse=Pse()),
     Case("int8", sq=17, sk=65, dim=65, layout="BSH", quant=Quant(out="channel", offset=True)),
     Case("bf16", sq=5, sk=9, dim=500, batch=3, q_lens=(5, 1, 0), k_lens=(9, 3, 0)),
 ]
@@ -206,9 +207,6 @@ FALLBACKS = {
     "query's address is not a multiple of 16": Case(
         "fp16", 2, 2, sq=20, sk=24, dim=64, layout="BSND", strides="sliced"
     ),
-    "pse_shift's row stride of 46 bytes is not a multiple of 16": Case(
-        "fp16", sq=20, sk=23, dim=64, pse=Pse()
-    ),
 }
 
 
@@ -229,6 +227,39 @@ def test_reason_is_part_of_the_choice(on_cuda):
     has_sm90 = on_cuda.compute_capability() == "90"
     assert choice.why_not_sm90 == ("int8" if has_sm90 else "")
     assert choice.kernel.startswith("sm80")
+
+
+# Rows of an odd number of bias values, shared by batch elements or not.
+COPIED = [
+    kernel_case("fp16", 64, False, True, sk=77),
+    kernel_case("bf16", 128, True, True, batch=2, sk=257),
+    kernel_case("bf16", 512, False, True, batch=2, sk=83),
+]
+
+
+@pytest.mark.parametrize("case", as_params(COPIED))
+def test_bias_that_tma_cannot_read(on_cuda, case):
+    """Hopper's kernels get a copy with other strides."""
+    call, expected = prepared(case)
+    is_hopper = on_cuda.compute_capability() == "90"
+    assert on_cuda.choice(call).kernel.startswith("sm90" if is_hopper else "sm80")
+    check(on_cuda.operator()(*call.args, **call.options), call, expected, on_cuda)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_bias_of_one_row(on_cuda, batches):
+    """A padding mask as a bias: broadcast over rows and heads, copied for the rows of a block."""
+    call, _ = prepared(Case("fp16", 2, 2, sq=150, sk=80, dim=64))
+    row = torch.randn(batches, 1, 1, 80, generator=torch.Generator().manual_seed(0)).half()
+    call = call.with_(pse_shift=row.expand(batches, 2, 150, 80))
+    is_hopper = on_cuda.compute_capability() == "90"
+    assert on_cuda.choice(call).kernel.startswith("sm90" if is_hopper else "sm80")
+    check(on_cuda.operator()(*call.args, **call.options), call, backend=on_cuda)
+
+
+def test_a_copy_is_logged(sim):
+    (line,) = simulated_log(COPIED[:1], PFA_LOG="debug", **H100)
+    assert line.endswith(", 1 split, copies pse_shift")
 
 
 @pytest.mark.parametrize("first", [0, 1])
