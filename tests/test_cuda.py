@@ -21,8 +21,7 @@ KINDS = {"bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 # largest; the sm80 family takes the rest.
 BUCKETS = {
     "sm90": {
-        "bf16": (64, 128, 256, 384, 512),
-        "fp16": (64, 128, 256, 384, 512),
+        **dict.fromkeys(("bf16", "fp16"), (64, 96, 128, 192, 256, 384, 512)),
         "int8": (64, 128, 256),
     },
     "sm80": dict.fromkeys(KINDS, (64, 96, 128, 192, 256, 384, 512)),
@@ -154,6 +153,7 @@ GUARDED = [
     kernel_case("int8", 96, True, True, batch=2, k_lens=(200, 77)),
     Case("bf16", sq=33, sk=72, dim=64, pse=Pse(), mask=Mask(2), mode=1),
     Case("fp16", sq=33, sk=71, dim=72, pse=Pse(), mask=Mask(4, pad=1), mode=1),
+    Case("bf16", batch=2, sq=33, sk=77, dim=64, pse=Pse()),
     Case("int8", sq=17, sk=65, dim=65, layout="BSH", quant=Quant(out="channel", offset=True)),
     Case("bf16", sq=5, sk=9, dim=500, batch=3, q_lens=(5, 1, 0), k_lens=(9, 3, 0)),
 ]
@@ -212,9 +212,6 @@ FALLBACKS = {
     "query's address is not a multiple of 16": Case(
         "fp16", 2, 2, sq=20, sk=24, dim=64, layout="BSND", strides="sliced"
     ),
-    "pse_shift's row stride of 46 bytes is not a multiple of 16": Case(
-        "fp16", sq=20, sk=23, dim=64, pse=Pse()
-    ),
 }
 
 
@@ -236,6 +233,51 @@ def test_reason_is_part_of_the_choice(on_cuda):
     has_sm90 = on_cuda.compute_capability() == "90"
     assert choice.why_not_sm90 == (why if has_sm90 else "")
     assert choice.kernel.startswith("sm80")
+
+
+# Rows of an odd number of bias values, shared by batch elements or not.
+COPIED = [
+    kernel_case("fp16", 64, False, True, sk=77),
+    kernel_case("bf16", 128, True, True, batch=2, sk=257),
+    kernel_case("bf16", 512, False, True, batch=2, sk=83),
+]
+
+
+@pytest.mark.parametrize("case", as_params(COPIED))
+def test_bias_that_tma_cannot_read(on_cuda, case):
+    """Hopper's kernels get a copy with other strides."""
+    call, expected = prepared(case)
+    is_hopper = on_cuda.compute_capability() == "90"
+    assert on_cuda.choice(call).kernel.startswith("sm90" if is_hopper else "sm80")
+    check(on_cuda.operator()(*call.args, **call.options), call, expected, on_cuda)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_bias_of_one_row(on_cuda, batches):
+    """A padding mask as a bias: broadcast over rows and heads, copied for the rows of a block."""
+    call, _ = prepared(Case("fp16", 2, 2, sq=150, sk=80, dim=64))
+    row = torch.randn(batches, 1, 1, 80, generator=torch.Generator().manual_seed(0)).half()
+    call = call.with_(pse_shift=row.expand(batches, 2, 150, 80))
+    is_hopper = on_cuda.compute_capability() == "90"
+    assert on_cuda.choice(call).kernel.startswith("sm90" if is_hopper else "sm80")
+    check(on_cuda.operator()(*call.args, **call.options), call, backend=on_cuda)
+
+
+def test_a_copy_is_logged(sim):
+    (line,) = simulated_log(COPIED[:1], PFA_LOG="debug", **H100)
+    assert line.endswith(", 1 split, copies pse_shift")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_mask_in_words_or_bytes(on_cuda, first):
+    """Rows that start at multiples of 16 bytes are read in other words; the bits are the same."""
+    call, _ = prepared(Case("fp16", sq=100, sk=600, dim=64))
+    values = torch.tensor([0, 0, 0, 1, 128, 255], dtype=torch.uint8)
+    picks = torch.randint(0, 6, (2, 100, 640), generator=torch.Generator().manual_seed(1))
+    mask = values[picks]
+    mask[1, :, 1:601] = mask[0, :, :600]
+    call = call.with_(atten_mask=mask[first, :, first : first + 600])
+    check(on_cuda.operator()(*call.args, **call.options), call, backend=on_cuda)
 
 
 # Twice to four times what two roundings of the output, of P and of what plain sums lose give.

@@ -182,13 +182,16 @@ def describe(case: Case, printed: dict, launches: list[dict]) -> dict[str, Any]:
 
 
 def full_us(runner: Runner, case: Case) -> float:
-    full = dataclasses.replace(case, pattern="full")
-    return sum(x["us"] for x in runner.sampled(full)[1])
+    return sampled_us(runner, dataclasses.replace(case, pattern="full"))
+
+
+def sampled_us(runner: Runner, case: Case) -> float:
+    return sum(x["us"] for x in runner.sampled(case)[1])
 
 
 def predict_dense(runner: Runner, case: Case) -> dict[str, Any]:
-    """The kernel's ratio to no mask from a slice of the machine whose blocks all run, the pre-pass
-    from the whole problem. The sum counts the overhead of both launches."""
+    """The kernel's ratio to one without a dense mask from a slice of the machine whose blocks all
+    run, the pre-pass from the whole problem. The sum counts the overhead of both launches."""
     machine = runner.machine
     sms = machine.sms // SLICE
     sliced = {
@@ -199,20 +202,21 @@ def predict_dense(runner: Runner, case: Case) -> dict[str, Any]:
     }
     heads = case.batch * case.heads // SLICE
     printed, dense = runner.timed(runner.arguments(case, 1, heads), case, **sliced)
-    full = dataclasses.replace(case, pattern="full")
-    arguments = runner.arguments(full, 1, heads)
-    _, base = runner.timed(arguments, full, CUDASIM_TIMING_SAMPLE="1", **sliced)
+    other = dataclasses.replace(case, pattern=DENSE[case.pattern])
+    arguments = runner.arguments(other, 1, heads)
+    _, base = runner.timed(arguments, other, CUDASIM_TIMING_SAMPLE="1", **sliced)
     launches = runner.sampled(case, CUDASIM_TIMING_OCCUPANCY="0")[1]
     pre_pass = sum(x["us"] for x in launches if ATTENTION not in x["kernel"])
     ratio = attention(dense)["clk"] / attention(base)["clk"]
-    us = full_us(runner, case)
+    us = ratio * sampled_us(runner, other)
+    full = full_us(runner, case)
     row = describe(case, printed, dense)
     return row | {
-        "predicted_us": round(ratio * us + pre_pass, 2),
+        "predicted_us": round(us + pre_pass, 2),
         "predicted_tflops": None,  # what counts as work is a matter of taste
-        "predicted_kernel_ratio_to_no_mask": round(ratio, 4),
+        "predicted_kernel_ratio_to_no_mask": round(us / full, 4),
         "predicted_pre_pass_us": round(pre_pass, 2),
-        "predicted_ratio_to_no_mask": round(ratio + pre_pass / us, 4),
+        "predicted_ratio_to_no_mask": round((us + pre_pass) / full, 4),
     }
 
 

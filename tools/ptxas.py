@@ -30,30 +30,10 @@ ALLOWED: list[tuple[str, int, str]] = [
         "32 rows per warp: O and S take 192 of 255 registers",
     ),
     (
-        r"sm90::Traits<.*, 64, .*Band, false>",
-        24,
-        "three warpgroups leave a thread 160 registers: O, S and P take 128; the flag of the rare "
-        "second run lies in local memory",
+        r"sm90::Int8Traits<256, .*Dense, false",
+        200,
+        "sums of P V take 128 of 232 registers; six words that live across the loop, beside them",
     ),
-    (
-        r"sm90::Int8Traits<128, .*Band, false",
-        400,
-        "a tile of 192 keys: S, P and the sums of P V take 184 of 232 registers; a dozen values "
-        "that live across the softmax, beside it",
-    ),
-    (
-        r"sm90::Int8Traits<64, .*false",
-        700,
-        "a tile of 256 keys: S, P and the sums of P V take 192 of 232 registers; words of a dense "
-        "mask and what selects by them, beside it",
-    ),
-    (
-        r"sm90::Int8Traits<256, ",
-        1150,
-        "sums of P V take 128 of 232 registers, and ptxas keeps half of them as floats as well "
-        "where they are added to the output, beside S: rarely, after the first tiles",
-    ),
-    (r"sm90::Traits<.*, 256, ", 32, "the whole register file is O, S, P and the loop's addresses"),
     (r"sm80::Traits<", 200, "a few values that live across the loop, beside it"),
 ]
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../log.h"
+#include "bias_copy.h"
 #include "check.h"
 #include "combine.h"
 #include "device.h"
@@ -82,11 +83,16 @@ Kernels sm90_bucket(int64_t head_dim) {
       head_dim);
 }
 
+template <class Element>
+Kernels sm90_kernels(int64_t head_dim) {
+  return sm90_bucket<Element, 64, 96, 128, 192, 256, 384, 512>(head_dim);
+}
+
 Kernels sm90_kernels(const Problem& problem) {
   if (problem.dtype == DType::kInt8) return sm90_bucket<Int8, 64, 128, 256>(problem.head_dim);
   const bool is_bf16 = problem.dtype == DType::kBFloat16;
-  return is_bf16 ? sm90_bucket<BFloat16, 64, 128, 256, 384, 512>(problem.head_dim)
-                 : sm90_bucket<Float16, 64, 128, 256, 384, 512>(problem.head_dim);
+  return is_bf16 ? sm90_kernels<BFloat16>(problem.head_dim)
+                 : sm90_kernels<Float16>(problem.head_dim);
 }
 #endif
 
@@ -157,7 +163,9 @@ std::string why_not_sm90([[maybe_unused]] const Problem& p) {
   constexpr int64_t kMostBlocks = (int64_t{1} << 31) / kMaxSplits;
   if (p.batch * p.num_heads * ceil_div(p.seqlen_q, 64) >= kMostBlocks) return "too many blocks";
   if (!sm90_kernels(p).built()) return "built without it for this type and head_dim";
-  return sm90::why_not_mappable(base_params(p), is_int8 ? 1 : 2);
+  Params params = base_params(p);
+  if (is_copied(params.bias, p.seqlen_q)) params.bias = {};
+  return sm90::why_not_mappable(params, is_int8 ? 1 : 2);
 #else
   return "built without 9.0a";
 #endif
@@ -191,6 +199,7 @@ void check_is_built(const Problem& problem, const Kernels& found) {
 struct Plan {
   Kernels kernels;
   std::string why_not_sm90;
+  bool copies_bias;
   Variant variant;
   KernelInfo info;
   int num_splits;
@@ -205,6 +214,7 @@ struct Plan {
   [[nodiscard]] std::string describe() const {
     return name() + ", " + std::to_string(info.block_m) + " x " + std::to_string(info.block_n) +
            ", " + std::to_string(num_splits) + (num_splits == 1 ? " split" : " splits") +
+           (copies_bias ? ", copies pse_shift" : "") +
            (why_not_sm90.empty() ? "" : ", not sm90: " + why_not_sm90);
   }
 };
@@ -237,7 +247,9 @@ Plan make_plan(const Problem& problem, int device) {
   Plan plan{};
   const bool is_hopper = gpu.compute_capability / 10 == 9;
   if (is_hopper) plan.why_not_sm90 = why_not_sm90(problem);
-  plan.kernels = kernels_of(problem, is_hopper && plan.why_not_sm90.empty());
+  const bool is_sm90 = is_hopper && plan.why_not_sm90.empty();
+  plan.kernels = kernels_of(problem, is_sm90);
+  plan.copies_bias = is_sm90 && is_copied(bias_params(problem), problem.seqlen_q);
   check_is_built(problem, plan.kernels);
   plan.variant.dense = problem.mask.data != nullptr;
   plan.variant.bias = problem.bias.data != nullptr;
@@ -264,6 +276,7 @@ class Launcher {
     params.seqused_q = lengths(problem_.seqused_q, problem_.device_seqused_q);
     params.seqused_k = lengths(problem_.seqused_k, problem_.device_seqused_k);
     if (plan_.variant.dense) params.mask = packed_mask();
+    if (plan_.copies_bias) params.bias = copied_bias();
     if (plan_.num_splits > 1) params.split = split_params();
     if (plan_.kernels.transposes_values) params.v = transposed_values(params);
     const int64_t blocks =
@@ -310,6 +323,13 @@ class Launcher {
     const TransposedValues plan{tiles * (plan_.info.block_n / kTransposedKeys),
                                 plan_.kernels.head_dim};
     return transpose_values(params, plan, allocate(plan.bytes(params)), stream_);
+  }
+
+  [[nodiscard]] BiasParams copied_bias() const {
+    const BiasCopyPlan plan(problem_, plan_.info.block_m);
+    void* copy = allocate(plan.bytes());
+    copy_bias(problem_, plan, copy, stream_);
+    return plan.params(copy);
   }
 
   [[nodiscard]] SplitParams split_params() const {

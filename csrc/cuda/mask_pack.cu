@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kCellsPerBlock = 4;  // cells of 64 keys that a block reads
 constexpr int kGranule = 32;       // keys: divides every tile
+constexpr int kGranulesOfCell = kMaskKeys / kGranule;
 
 struct PackParams {
   Mask mask;
@@ -23,6 +24,7 @@ struct PackParams {
   int64_t num_m_blocks, key_blocks, key_cells;
   int64_t first_block;
   int block_m, block_n;
+  bool vectorised;  // every row starts at a multiple of 16 bytes
 };
 
 // Bits 8 i + {0, 1} of a row's mask, shifted down by the lane's column, -> bits 4 i + {0, 1}.
@@ -34,6 +36,61 @@ __device__ __forceinline__ uint32_t gather_pairs(uint32_t x) {
 struct Seen {
   uint32_t kept = 0, masked = 0;
 };
+
+// Which of 16 bytes are not 0: byte 4 w + b in bit 8 b + w.
+__device__ __forceinline__ uint32_t nonzero_bytes(const uint4& x) {
+  const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+  uint32_t bits = 0;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    bits |= ((((words[w] & 0x7f7f7f7fu) + 0x7f7f7f7fu) | words[w]) & 0x80808080u) >> (7 - w);
+  }
+  return bits;
+}
+
+// pack_cell of a lane's 16 keys, from 16 (lane % 4) on, of the rows lane / 4 and 8 below.
+__device__ __forceinline__ uint32_t pack_words(const uint4& upper, const uint4& lower, int granule,
+                                               Seen& seen) {
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const uint32_t mine = nonzero_bytes(upper) | nonzero_bytes(lower) << 4;
+  seen.kept |= static_cast<uint32_t>(mine != ~0u) << (granule + lane / 2 % 2);
+  seen.masked |= static_cast<uint32_t>(mine != 0) << (granule + lane / 2 % 2);
+  // Of 16 keys, the lane's columns c = 0 and 1 of tiles n = 0 and 1 and rows r = upper and lower
+  // are then in bits 8 c + 4 r + 2 n, and belong in bits 4 n + 2 r + c.
+  const int shift = lane % 2 * 16 + lane / 2 % 2;
+  uint32_t bytes[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t first = __shfl_sync(0xffffffffu, mine, 2 * i, 4) >> shift;
+    const uint32_t second = __shfl_sync(0xffffffffu, mine, 2 * i + 1, 4) >> shift;
+    const uint32_t x = __byte_perm(first, second, 0x5410);
+    bytes[i] = (x & 0x00410041u) | (x >> 7 & 0x00820082u) | (x >> 2 & 0x00040004u) |
+               (x >> 9 & 0x00080008u) | (x << 2 & 0x00100010u) | (x >> 5 & 0x00200020u);
+  }
+  return __byte_perm(bytes[0], bytes[1], 0x6420);
+}
+
+// All cells of a block, which exist whole: every load is under way before the first is used.
+__device__ __forceinline__ void pack_cells(const PackParams& p, const uint8_t* rows,
+                                           uint32_t* words, Seen& seen) {
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const uint8_t* from = rows + lane / 4 * p.mask.row + lane % 4 * kChunkBytes;
+  uint4 bytes[kCellsPerBlock][2];
+#pragma unroll
+  for (int i = 0; i < kCellsPerBlock; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      bytes[i][half] =
+          *reinterpret_cast<const uint4*>(from + 8 * half * p.mask.row + i * kMaskKeys);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kCellsPerBlock; ++i) {
+    words[i * kWarp + lane] = pack_words(bytes[i][0], bytes[i][1], i * kGranulesOfCell, seen);
+  }
+  seen.kept = __reduce_or_sync(0xffffffffu, seen.kept);
+  seen.masked = __reduce_or_sync(0xffffffffu, seen.masked);
+}
 
 // 16 rows by 64 keys: reads the bytes and writes the lane's word. kWhole: all of them exist.
 template <bool kWhole>
@@ -99,11 +156,16 @@ __global__ void pack_mask_kernel(const __grid_constant__ PackParams p) {
   uint32_t* words = const_cast<uint32_t*>(p.packed.bits) + b * p.packed.bits_batch +
                     row_begin / kMaskRows * p.packed.bits_row_group;
   Seen seen;
-  for (int i = 0; i < kCellsPerBlock; ++i) {
-    const int64_t cell = key_block * kCellsPerBlock + i;
+  const int64_t first_cell = key_block * kCellsPerBlock;
+  const bool has_rows = row_begin + kMaskRows <= p.seqlen_q;
+  const bool in_words =
+      p.vectorised && has_rows && (first_cell + kCellsPerBlock) * kMaskKeys <= p.seqlen_k;
+  if (in_words) pack_cells(p, rows + first_cell * kMaskKeys, words + first_cell * kWarp, seen);
+  for (int i = 0; !in_words && i < kCellsPerBlock; ++i) {
+    const int64_t cell = first_cell + i;
     if (cell >= p.key_cells) break;
-    const int granule = i * (kMaskKeys / kGranule);
-    const bool whole = row_begin + kMaskRows <= p.seqlen_q && (cell + 1) * kMaskKeys <= p.seqlen_k;
+    const int granule = i * kGranulesOfCell;
+    const bool whole = has_rows && (cell + 1) * kMaskKeys <= p.seqlen_k;
     if (whole) {
       pack_cell<true>(p, rows, row_begin, cell * kMaskKeys, granule, words + cell * kWarp, seen);
     } else {
@@ -165,6 +227,9 @@ void pack_mask(const Problem& problem, const PackedMaskPlan& plan, const PackedM
   p.key_blocks = ceil_div(plan.key_cells, kCellsPerBlock);
   p.block_m = block_m;
   p.block_n = block_n;
+  const auto address = reinterpret_cast<uintptr_t>(p.mask.data);
+  p.vectorised = address % kChunkBytes == 0 && p.mask.row % kChunkBytes == 0 &&
+                 p.mask.batch % kChunkBytes == 0;
   const int64_t blocks = plan.masks * p.num_m_blocks * p.key_blocks;
   while (p.first_block < blocks) {
     const int64_t left = blocks - p.first_block;

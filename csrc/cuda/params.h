@@ -48,6 +48,7 @@ struct BiasParams {
   int64_t batch = 0;
   int64_t head = 0;
   int64_t row = 0;
+  int64_t repeated_row = 0;  // row is 0, yet a block's rows lie that far apart, all of them alike
   bool vectorised = false;
 };
 

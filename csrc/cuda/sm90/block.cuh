@@ -64,6 +64,19 @@ class Schedule {
   const Arguments& a_;
 };
 
+// A tile to compute on, and whether it has a packed mask. Of a dense mask the producer tells which
+// tile comes first and which after another: consumers would need registers, and time at the start
+// of each block, to look for them.
+struct Visit {
+  uint32_t word = 0;
+
+  __device__ static Visit of(int n, bool has_bits) {
+    return {static_cast<uint32_t>(n) << 1 | static_cast<uint32_t>(has_bits)};
+  }
+  [[nodiscard]] __device__ int n() const { return static_cast<int>(word >> 1); }
+  [[nodiscard]] __device__ bool has_bits() const { return (word & 1) != 0; }
+};
+
 // One block of work. The producer writes it to shared memory, where consumers read what they need
 // when they need it: it would occupy a dozen registers of theirs.
 template <class T>
@@ -75,6 +88,7 @@ struct Work {
   Sequence sequence;
   int iteration;  // of this block of threads; kNone: no work is left
   int b, head, split;
+  Visit first;   // of a dense mask
   bool careful;  // keys that a row does not see must not reach it, whatever stands in K and V
 
   static constexpr int kNone = -1;
@@ -128,6 +142,15 @@ struct Rings : Shared<T> {
     return chunk<T::kBias, T::kBytesBias>(k) * kChunkBytes;
   }
 
+  // What comes after the tile of K of that turn. There are twice as many of them as buffers: it may
+  // be read after K has been given back.
+  [[nodiscard]] __device__ Visit& following(TurnK k) const {
+    constexpr uint32_t kTurns = 2 * T::kStages;
+    static_assert(T::kFollowing + kTurns * sizeof(Visit) <= T::kControlBytes);
+    char* first = this->pointer(this->base + T::kControl + T::kFollowing);
+    return reinterpret_cast<Visit*>(first)[k.count / k.kUnit % kTurns];
+  }
+
   [[nodiscard]] __device__ uint32_t full_q(TurnQ q) const { return barrier<0>(q); }
   [[nodiscard]] __device__ uint32_t empty_q(TurnQ q) const { return barrier<1>(q); }
   [[nodiscard]] __device__ uint32_t full_k(TurnK k) const { return barrier<2>(k); }
@@ -161,7 +184,7 @@ struct Rings : Shared<T> {
   template <int kRing, class Turn>
   [[nodiscard]] __device__ uint32_t barrier(Turn turn) const {
     constexpr int kRingBytes = 64;
-    static_assert(Turn::kBytes <= kRingBytes && 6 * kRingBytes <= T::kControlBytes);
+    static_assert(Turn::kBytes <= kRingBytes && 6 * kRingBytes <= T::kFollowing);
     return (this->base | turn.barrier()) + T::kControl + kRing * kRingBytes;
   }
 };

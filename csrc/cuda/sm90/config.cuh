@@ -27,9 +27,12 @@ struct Tile {
 //   D64:  128x128, 4 stages 331 and 430; 192x128, 4 stages 329 and 451
 //   D128: 128x128, 2 stages 478 and 605; 3 stages 432 and 597
 //   D256: 128x80 500 and 686
+// and since:
+//   D96:  128x128, 2 stages 492 and 596; 3 stages 496 and 596; 192x96 402 and 585
+//   D192: 128x80 534 and 684; 128x64 536 and 680; 128x112 494 and 687
 PFA_HOST_DEVICE constexpr Tile tile_of(int head_dim, bool is_dense, bool has_bias) {
   const bool whole_cells = is_dense || has_bias;
-  if (head_dim <= 64) return {whole_cells ? 128 : 192, 128, has_bias ? 3 : 4};
+  if (head_dim <= 64) return {has_bias ? 128 : 192, 128, has_bias ? 3 : 4};
   if (head_dim <= 128) return {128, 128, 2};
   return {128, whole_cells ? 64 : 80, 2};
 }
@@ -56,6 +59,8 @@ struct Traits {
   static constexpr int kThreads = kConsumerThreads + kWarpgroup;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  // Registers for a tile's words of the mask, too, while products are under way.
+  static constexpr bool kHoldsBits = kConsumers == 2;
   static constexpr int kCluster = 1;  // blocks of threads that share a block of work
   static constexpr bool kTakesTurns = kHeadDim <= 128;
   static constexpr bool kEndsTurnLate = false;
@@ -86,7 +91,8 @@ struct Traits {
   static constexpr int kBytesBias = kBiasBoxes * kBoxBias;
 
   // Byte offsets into shared memory, which is aligned to 1024 bytes.
-  static constexpr int kControlBytes = 512;  // barriers
+  static constexpr int kControlBytes = 512;  // barriers and, from kFollowing on, Visit
+  static constexpr int kFollowing = 384;
   // Descriptions of blocks of work. The producer describes one kStagesQ blocks after the one whose
   // Q all consumers have left, which may be the one before that whose sums a consumer stores.
   static constexpr int kWorkSlots = 4;

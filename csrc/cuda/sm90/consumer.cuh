@@ -66,7 +66,6 @@ class Consumer {
   }
 
  private:
-  using Tiles = typename T::Mask::template Tiles<T::kBlockN>;
   using Bits = typename ScoreStep<T>::Bits;
   using Operand = Descriptor<T::kBoxRowBytes>;
   using Probabilities = uint32_t[T::kSteps][4];
@@ -81,14 +80,19 @@ class Consumer {
   // Tiles that a row of this warpgroup may see.
   [[nodiscard]] __device__ TileRange own() const { return shared_.work(q_).own[warpgroup()]; }
 
-  // Is n_, at or behind the first one of them, one of them? Most tiles are full, and those ask
+  // The tile that is being computed on.
+  [[nodiscard]] __device__ int n() const {
+    return T::kIsDense ? tile_.n() : static_cast<int>(tile_.word);
+  }
+
+  // Is it, at or behind the first one of them, one of them? Most tiles are full, and those ask
   // nothing else.
   [[nodiscard]] __device__ bool has_tile() {
     const TileRange range = own();
-    if (n_ >= range.full_begin) full_end_ = range.full_end;
-    return n_ < range.end;
+    if (n() >= range.full_begin) full_end_ = range.full_end;
+    return n() < range.end;
   }
-  [[nodiscard]] __device__ bool is_full() const { return n_ < full_end_; }
+  [[nodiscard]] __device__ bool is_full() const { return n() < full_end_; }
 
   [[nodiscard]] __device__ bool is_over() const {
     return shared_.work(q_).iteration == Work<T>::kNone;
@@ -99,8 +103,7 @@ class Consumer {
     ptx::mbarrier_wait(shared_.full_q(q_), q_.parity());
     const Work<T>& work = shared_.work(q_);
     if (work.iteration == Work<T>::kNone) return;
-    tiles_ = Tiles(p_, work.b, work.sequence.row_begin / T::kBlockM, work.range);
-    n_ = tiles_.first();
+    tile_ = T::kIsDense ? work.first : Visit{static_cast<uint32_t>(work.range.begin)};
     full_end_ = 0;
     q_low_ = Operand::of_chunk(
                  shared_.chunk_q(q_) + warpgroup() * (64 * T::kBoxRowBytes / kChunkBytes), 16)
@@ -109,7 +112,7 @@ class Consumer {
 
   // Lets the tiles before end go by.
   __device__ void skip_to(int end) {
-    for (; n_ < end; n_ = tiles_.after(n_)) {
+    for (; n() < end; advance()) {
       ptx::mbarrier_wait(shared_.full_k(k_), k_.parity());
       release(shared_.empty_k(k_));
       wait_for_turn();
@@ -118,6 +121,11 @@ class Consumer {
       release(shared_.empty_v(k_));
       k_.advance();
     }
+  }
+
+  // To the next tile of the block. K of this one has been given back.
+  __device__ void advance() {
+    tile_ = T::kIsDense ? shared_.following(k_.before()) : Visit{recomputed(tile_.word + 1)};
   }
 
   // From a tile that this warpgroup computes on to the end of its block. Where the next block
@@ -134,11 +142,11 @@ class Consumer {
     for (;;) {
       multiply(s, p, carried);
       const Turn<T::kStagesQ> done = q_.before();
-      const bool skips = n_ < shared_.work(done).range.end;
+      const bool skips = n() < shared_.work(done).range.end;
       bool goes_on = false;
       if (T::kStagesQ > 1 && !skips) {
         enter();
-        goes_on = !is_over() && n_ >= own().begin && has_tile();
+        goes_on = !is_over() && n() >= own().begin && has_tile();
       }
       if (goes_on) wait_for_keys();
       const Turn<T::kStages> v = k_.before();
@@ -169,19 +177,19 @@ class Consumer {
     }
   }
 
-  // The tiles from n_ on but for the last P V. s has the sums of the first one.
+  // The tiles from this one on but for the last P V. s has the sums of the first one.
   __device__ void multiply(Scores<T>& s, Probabilities& p, Carried& carried) {
     Bits bits;
     float alpha[1][2];
-    carried.begin(n_);
-    bool has_bits = load_bits(bits);
+    carried.begin(n());
+    bool has_bits = T::kHoldsBits && load_bits(bits);
     finish_scores(s, has_bits, bits);
     exponentiate(s, alpha);
     pack(s, p);
     for (;;) {
-      n_ = static_cast<int>(recomputed(static_cast<unsigned>(tiles_.after(n_))));
+      advance();
       if (!is_full() && !has_tile()) break;
-      has_bits = load_bits(bits);
+      has_bits = T::kHoldsBits && load_bits(bits);
       wait_for_keys();
       wait_for_turn();
       start_scores(s);
@@ -201,7 +209,7 @@ class Consumer {
         rescale(acc_o, alpha);
         carried.rescale(alpha);
       }
-      carried.take(acc_o, n_);
+      carried.take(acc_o, n());
       pack(s, p);
     }
     leave_q();
@@ -223,8 +231,8 @@ class Consumer {
   }
 
   __device__ bool load_bits(Bits& bits) const {
-    const bool has_bits = tiles_.has_bits(n_);
-    if (has_bits) scores_.load_bits(bits, shared_.work(q_), n_);
+    const bool has_bits = T::kIsDense && tile_.has_bits();
+    if (has_bits) scores_.load_bits(bits, shared_.work(q_), n());
     return has_bits;
   }
 
@@ -282,18 +290,19 @@ class Consumer {
     ptx::wgmma_commit();
   }
 
-  // From the sums of tile n_ to its scores; K's buffer is given back.
-  __device__ void finish_scores(Scores<T>& s, bool has_bits, const Bits& bits) {
+  // From the sums of this tile to its scores; K's buffer is given back.
+  __device__ void finish_scores(Scores<T>& s, bool has_bits, Bits& bits) {
     if constexpr (T::kHasBias) scores_.add_bias(s, shared_.bias(k_), !kIsInteger && is_careful());
     release(shared_.empty_k(k_));
     k_.advance();
     if (!is_full()) {
       scores_.apply_sign(s);
       const TileRange range = own();
-      scores_.mask_band(s, shared_.work(q_).sequence, n_, n_ < range.full_begin,
-                        n_ >= range.full_end);
+      scores_.mask_band(s, shared_.work(q_).sequence, n(), n() < range.full_begin,
+                        n() >= range.full_end);
     }
-    if (has_bits) scores_.mask_bits(s, bits, n_);
+    if constexpr (!T::kHoldsBits) has_bits = load_bits(bits);
+    if (has_bits) scores_.mask_bits(s, bits, n());
   }
 
   __device__ void wait_for_values(Turn<T::kStages> v) const {
@@ -361,8 +370,8 @@ class Consumer {
   Turn<T::kStagesQ> q_;
   Turn<T::kStages> k_;  // the next tile whose K is given back
   // Of the block of work that is being computed.
-  Tiles tiles_;
-  int n_ = 0, full_end_ = 0;
+  Visit tile_;
+  int full_end_ = 0;
   uint32_t q_low_;
 };
 

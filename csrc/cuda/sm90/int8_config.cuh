@@ -35,8 +35,9 @@ struct Int8Traits {
   static constexpr int kConsumers = kTile.consumers();
   static constexpr int kConsumerThreads = kConsumers * kWarpgroup;
   static constexpr int kThreads = kConsumerThreads + kWarpgroup;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr bool kHoldsBits = true;
   static constexpr int kCluster = 1;
   static constexpr bool kTakesTurns = true;
   // When its Q K^T is done: products are so short beside the softmax that warpgroups which have
@@ -68,8 +69,9 @@ struct Int8Traits {
   static constexpr int kBytesBias = kBiasBoxes * kBoxBias;
 
   // Byte offsets into shared memory, which is aligned to 1024 bytes.
-  static constexpr int kControlBytes = 512;  // barriers
-  static constexpr int kWorkSlots = 4;       // as in config.cuh
+  static constexpr int kControlBytes = 512;  // these three as in config.cuh
+  static constexpr int kFollowing = 384;
+  static constexpr int kWorkSlots = 4;
   static constexpr int kWorkBytes = 1024;
   static constexpr int kSuspectsBytes = 512;
   static constexpr int kBytesRings = kStages * (2 * kBytesK + kBytesBias);

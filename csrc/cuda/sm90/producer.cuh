@@ -34,6 +34,7 @@ class Producer {
       typename T::Mask::template Tiles<T::kBlockN> tiles(a_.params, block.b, block.m_block,
                                                          shared_.work(q_).range);
       int n = tiles.first();
+      if (T::kIsDense && is_elected()) shared_.work(q_).first = Visit::of(n, tiles.has_bits(n));
       if (n >= tiles.end()) {
         arrive_q();
         continue;
@@ -43,11 +44,14 @@ class Producer {
       rows_ = {static_cast<int>(block.m_block) * T::kBlockM, block.head};
       const Turn<T::kStages> last = k_.before();
       load_q();
-      load_k(n);
+      int next = tiles.after(n);
+      load_k(n, Visit::of(next, tiles.has_bits(next)));
       if (owed != kNone) load_v(last, owed, before);
 #pragma unroll 1
-      for (owed = n, n = tiles.after(n); n < tiles.end(); owed = n, n = tiles.after(n)) {
-        load_k(n);
+      for (owed = n; next < tiles.end(); owed = n) {
+        n = next;
+        next = tiles.after(n);
+        load_k(n, Visit::of(next, tiles.has_bits(next)));
         load_v(k_.before().before(), owed, keys_);
       }
     }
@@ -128,10 +132,11 @@ class Producer {
   }
 
   // The bias travels with K.
-  __device__ void load_k(int n) {
+  __device__ void load_k(int n, Visit following) {
     const uint32_t full = shared_.full_k(k_);
     ptx::mbarrier_wait(shared_.empty_k(k_), k_.parity() ^ 1);
     if (is_elected()) {
+      if constexpr (T::kIsDense) shared_.following(k_) = following;
       ptx::mbarrier_arrive_expect(full, T::kBytesK + T::kBytesBias);
       load_boxes(n, keys_, shared_.k(k_), &a_.maps.k, full, a_.params.k);
       if constexpr (T::kHasBias) {

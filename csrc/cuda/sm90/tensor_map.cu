@@ -111,9 +111,10 @@ TensorMaps make_tensor_maps(const Params& p, const BoxPlan& boxes) {
   maps.k = map(p.k, k, boxes.rows_k);
   if (boxes.element_bytes == kWordBytes) maps.v = map(p.v, k, boxes.rows_v);
   if (p.bias.data != nullptr) {
-    const Shape bias = {p.batch, p.num_heads, p.seqlen_q, p.seqlen_k};
-    maps.bias =
-        encode(p.bias.data, {p.bias.row, p.bias.head, p.bias.batch}, bias, 64, boxes.rows_q);
+    const bool repeats = p.bias.repeated_row != 0;
+    const int64_t row = repeats ? p.bias.repeated_row : p.bias.row;
+    const Shape bias = {p.batch, p.num_heads, repeats ? boxes.rows_q : p.seqlen_q, p.seqlen_k};
+    maps.bias = encode(p.bias.data, {row, p.bias.head, p.bias.batch}, bias, 64, boxes.rows_q);
   }
   return maps;
 }

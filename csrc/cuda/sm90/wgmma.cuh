@@ -150,6 +150,7 @@ __device__ void wgmma_rs(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t
 
 PFA_WGMMA(64, 4, 32, 33, 34, 35, 36)
 PFA_WGMMA(80, 5, 40, 41, 42, 43, 44)
+PFA_WGMMA(96, 6, 48, 49, 50, 51, 52)
 PFA_WGMMA(128, 8, 64, 65, 66, 67, 68)
 PFA_WGMMA(192, 12, 96, 97, 98, 99, 100)
 PFA_WGMMA(256, 16, 128, 129, 130, 131, 132)
