@@ -32,6 +32,11 @@ class IntegerSoftmax : public Softmax<1> {
     shift_ = folds_ ? log2f(scale) - 24.0f : 0.0f;
   }
 
+  __device__ void clear() {
+    Softmax<1>::clear();
+    reference_[0] = reference_[1] = 0.0f;
+  }
+
   // Before the products are added.
   __device__ static void begin(Scores<T>& s) {
 #pragma unroll
