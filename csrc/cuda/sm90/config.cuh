@@ -32,7 +32,7 @@ struct Tile {
 //   D192: 128x80 534 and 684; 128x64 536 and 680; 128x112 494 and 687
 PFA_HOST_DEVICE constexpr Tile tile_of(int head_dim, bool is_dense, bool has_bias) {
   const bool whole_cells = is_dense || has_bias;
-  if (head_dim <= 64) return {has_bias ? 128 : 192, 128, has_bias ? 3 : 4};
+  if (head_dim <= 64) return {whole_cells ? 128 : 192, 128, has_bias ? 3 : 4};
   if (head_dim <= 128) return {128, 128, 2};
   return {128, whole_cells ? 64 : 80, 2};
 }
@@ -59,8 +59,6 @@ struct Traits {
   static constexpr int kThreads = kConsumerThreads + kWarpgroup;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  // Registers for a tile's words of the mask, too, while products are under way.
-  static constexpr bool kHoldsBits = kConsumers == 2;
   static constexpr int kCluster = 1;  // blocks of threads that share a block of work
   static constexpr bool kTakesTurns = kHeadDim <= 128;
   static constexpr bool kEndsTurnLate = false;

@@ -182,14 +182,14 @@ class Consumer {
     Bits bits;
     float alpha[1][2];
     carried.begin(n());
-    bool has_bits = T::kHoldsBits && load_bits(bits);
+    bool has_bits = load_bits(bits);
     finish_scores(s, has_bits, bits);
     exponentiate(s, alpha);
     pack(s, p);
     for (;;) {
       advance();
       if (!is_full() && !has_tile()) break;
-      has_bits = T::kHoldsBits && load_bits(bits);
+      has_bits = load_bits(bits);
       wait_for_keys();
       wait_for_turn();
       start_scores(s);
@@ -291,7 +291,7 @@ class Consumer {
   }
 
   // From the sums of this tile to its scores; K's buffer is given back.
-  __device__ void finish_scores(Scores<T>& s, bool has_bits, Bits& bits) {
+  __device__ void finish_scores(Scores<T>& s, bool has_bits, const Bits& bits) {
     if constexpr (T::kHasBias) scores_.add_bias(s, shared_.bias(k_), !kIsInteger && is_careful());
     release(shared_.empty_k(k_));
     k_.advance();
@@ -301,7 +301,6 @@ class Consumer {
       scores_.mask_band(s, shared_.work(q_).sequence, n(), n() < range.full_begin,
                         n() >= range.full_end);
     }
-    if constexpr (!T::kHoldsBits) has_bits = load_bits(bits);
     if (has_bits) scores_.mask_bits(s, bits, n());
   }
 

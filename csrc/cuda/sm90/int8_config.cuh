@@ -37,7 +37,6 @@ struct Int8Traits {
   static constexpr int kThreads = kConsumerThreads + kWarpgroup;
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
-  static constexpr bool kHoldsBits = true;
   static constexpr int kCluster = 1;
   static constexpr bool kTakesTurns = true;
   // When its Q K^T is done: products are so short beside the softmax that warpgroups which have
