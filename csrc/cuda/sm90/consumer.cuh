@@ -158,7 +158,7 @@ class Consumer {
         ptx::wgmma_wait<0>();
         finish_values(v);
         if (skips) skip_to(shared_.work(done).range.end);
-        finish_sums(carried);
+        carried.finish(acc_o);
         store(shared_.work(done));
         clear();
         if (T::kStagesQ == 1 || skips) enter();
@@ -169,7 +169,7 @@ class Consumer {
       pass_turn();
       ptx::wgmma_wait<1>();
       finish_values(v);
-      finish_sums(carried);
+      carried.finish(acc_o);
       store(shared_.work(done));
       clear();
       ptx::wgmma_wait<0>();
@@ -318,11 +318,6 @@ class Consumer {
       wgmma_rs<Element>(acc_o[0], p[step], v.at(step * T::kStepBytesV));
     }
     ptx::wgmma_commit();
-  }
-
-  // After the last P V of a block.
-  __device__ void finish_sums(const Carried& carried) {
-    if constexpr (kIsInteger) carried.finish(acc_o, {softmax.worth(0), softmax.worth(1)});
   }
 
   // After the wait for P V.

@@ -61,6 +61,14 @@ class Epilogue {
     return is_odd ? make_uint2(other, second) : make_uint2(first, other);
   }
 
+  __device__ void store_lse(const Consumer& consumer, int r, bool writes) const {
+    if (p_.lse == nullptr || !writes || lane_ % 4 != 0 || first_channel<T>() != 0) return;
+    const int64_t row = work_.sequence.row_begin + row_of(r);
+    pfa::cuda::store_lse(p_, (int64_t{work_.b} * p_.num_heads + work_.head) * p_.seqlen_q + row,
+                         row_of(r) < work_.sequence.rows, consumer.softmax.row_max[0][r],
+                         consumer.softmax.row_sum[0][r], score_unit(p_));
+  }
+
   // A lane holds 4 bytes of each 8 channels. It swaps with its neighbour: of 16 channels, even
   // lanes then have 8 bytes of the first half and odd ones of the second, a sector for each row.
   __device__ void store_row(const Consumer& consumer, int r, bool second) const {
@@ -69,12 +77,7 @@ class Epilogue {
     const float factor = unit() / sum;
     const bool is_odd = lane_ % 2 != 0;
     const int channel = first_channel<T>() + (is_odd ? 8 : 0) + lane_ / 2 % 2 * 4;
-    if (p_.lse != nullptr && writes && lane_ % 4 == 0 && first_channel<T>() == 0) {
-      const int64_t row = work_.sequence.row_begin + row_of(r);
-      store_lse(p_, (int64_t{work_.b} * p_.num_heads + work_.head) * p_.seqlen_q + row,
-                row_of(r) < work_.sequence.rows, consumer.softmax.row_max[0][r], sum,
-                score_unit(p_));
-    }
+    store_lse(consumer, r, writes);
     char* out = output_row(r) + channel * Element::kBytes;
 #pragma unroll
     for (int n = 0; n < T::kTilesO; n += 2) {
@@ -98,6 +101,7 @@ class Epilogue {
     const float factor = unit() / sum;
     const bool is_odd = lane_ % 2 != 0, is_high = lane_ / 2 % 2 != 0;
     const int channel = first_channel<T>() + (is_high ? 16 : 0) + (is_odd ? 8 : 0);
+    store_lse(consumer, r, writes);
     char* out = output_row(r) + channel;
 #pragma unroll
     for (int n = 0; n < T::kTilesO; n += 4) {

@@ -32,11 +32,6 @@ class IntegerSoftmax : public Softmax<1> {
     shift_ = folds_ ? log2f(scale) - 24.0f : 0.0f;
   }
 
-  __device__ void clear() {
-    Softmax<1>::clear();
-    reference_[0] = reference_[1] = 0.0f;
-  }
-
   // Before the products are added.
   __device__ static void begin(Scores<T>& s) {
 #pragma unroll
@@ -53,11 +48,8 @@ class IntegerSoftmax : public Softmax<1> {
     for (int r = 0; r < 2; ++r) {
       const float before = row_max[0][r];
       row_max[0][r] = fmaxf(before, tile_max(s[0], r));
-      const float now = fuses_ ? fmaf(-base(r), unit_, shift_) : base(r);
-      const float by = fuses_ ? now - reference_[r] : (reference_[r] - now) * unit_;
-      alpha[0][r] = before == -kInfinity ? 0.0f : ptx::exp2_approx(by);
+      alpha[0][r] = ptx::exp2_approx((before - base(r)) * unit_);
       row_sum[0][r] *= alpha[0][r];
-      reference_[r] = now;
     }
     const bool grown = alpha[0][0] != 1.0f || alpha[0][1] != 1.0f;
     if (fuses_) {
@@ -90,18 +82,13 @@ class IntegerSoftmax : public Softmax<1> {
     }
   }
 
-  // What sums of a row, of P V too, are worth beside its maximum: what rounding an offset lost.
-  [[nodiscard]] __device__ float worth(int r) const {
-    return fuses_ ? ptx::exp2_approx(shift_ - fmaf(base(r), unit_, reference_[r])) : 1.0f;
-  }
-
   // Sums of p itself, and maxima of sums.
   __device__ void finalise() {
     const float unit = ptx::exp2_approx(-shift_);
     Softmax<1>::finalise();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      row_sum[0][r] *= unit * worth(r);
+      row_sum[0][r] *= unit;
       if constexpr (!T::kHasBias) row_max[0][r] -= kMagic;
     }
   }
@@ -115,25 +102,29 @@ class IntegerSoftmax : public Softmax<1> {
   }
 
   // Fused, the maximum and the shift are one offset of a fused multiplication and addition. At the
-  // magnitude of kMagic it is rounded, which multiplies p of a row by 2^(2^-14) at most: alpha and
-  // worth() take that back, and P counts in that unit.
+  // magnitude of kMagic it is rounded, which multiplies p of a row by 2^(2^-14) at most: sums take
+  // that back, and only of P that lie so close to a half another integer is made.
   template <bool kFuses, int kFirst>
   __device__ void exponentiate(Scores<T>& s) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      const float offset = fmaf(-base(r), unit_, shift_), subtracted = base(r);
+      const float lost = fmaf(-subtracted, unit_, -offset) + shift_;
       float sums[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int n = kFirst; n < kFirst + kTilesS / 2; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           Score<T>& score = s[0][n][2 * r + c];
-          const float x = kFuses ? get(score) : get(score) - reference_[r];
-          const float p = ptx::exp2_approx(fmaf(x, unit_, kFuses ? reference_[r] : shift_));
+          const float x = kFuses ? get(score) : get(score) - subtracted;
+          const float p = ptx::exp2_approx(fmaf(x, unit_, kFuses ? offset : shift_));
           sums[c] += p;
           set(score, p);
         }
       }
-      row_sum[0][r] += sums[0] + sums[1];
+      const float sum = sums[0] + sums[1];
+      row_sum[0][r] =
+          kFuses ? fmaf(sum, ptx::exp2_approx(lost), row_sum[0][r]) : row_sum[0][r] + sum;
     }
   }
 
@@ -179,7 +170,6 @@ class IntegerSoftmax : public Softmax<1> {
 
   const Params& p_;
   float unit_, shift_;
-  float reference_[2];  // the offset if fused, otherwise what is subtracted from scores
   bool folds_, fuses_;
 };
 

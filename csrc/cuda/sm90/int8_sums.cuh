@@ -58,6 +58,8 @@ struct NoCarriedSums {
   __device__ static void rescale(const Any&...) {}
   template <class... Any>
   __device__ static void take(const Any&...) {}
+  template <class... Any>
+  __device__ static void finish(const Any&...) {}
 };
 
 // Sums of tiles so far back that int32 would not hold them with later ones. They lie in memory of
@@ -88,10 +90,10 @@ class CarriedSums {
     any_ = true;
   }
   // All sums, as floats in the same registers.
-  __device__ void finish(int32_t (&acc)[1][kTiles][4], const float (&worth)[2]) const {
+  __device__ void finish(int32_t (&acc)[1][kTiles][4]) const {
     for_all([&](int n, int e) {
       const float sum = static_cast<float>(acc[0][n][e]);
-      set(acc[0][n][e], (any_ ? sum + sums_[4 * n + e] : sum) * worth[e / 2]);
+      set(acc[0][n][e], any_ ? sum + sums_[4 * n + e] : sum);
     });
   }
 

@@ -39,14 +39,14 @@ __device__ void wgmma_rs(int32_t (&c)[kTiles][4], const uint32_t (&a)[4], uint64
                  : PFA_SUMS_##kPairs                                                         \
                  : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                       \
   }
-#define PFA_WGMMA_RS(kN, kPairs, i0, i1, i2, i3, i4)                                         \
-  template <>                                                                                \
-  __device__ __forceinline__ void wgmma_rs<Int8, 2 * kPairs>(                                \
-      int32_t (&c)[2 * kPairs][4], const uint32_t (&a)[4], uint64_t b) {                     \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #kN "k32.s32.s8.s8 {" PFA_LIST_##kPairs \
-                 "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", 1;\n"               \
-                 : PFA_SUMS_##kPairs                                                         \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                      \
+#define PFA_WGMMA_RS(kN, kPairs, i0, i1, i2, i3, i4)                                               \
+  template <>                                                                                      \
+  __device__ __forceinline__ void wgmma_rs<Int8, 2 * kPairs>(int32_t (&c)[2 * kPairs][4],          \
+                                                             const uint32_t (&a)[4], uint64_t b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #kN "k32.s32.s8.s8 {" PFA_LIST_##kPairs       \
+                 "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", 1;\n"                     \
+                 : PFA_SUMS_##kPairs                                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                            \
   }
 #define PFA_WGMMA(kN, kPairs, i0, i1, i2, i3, i4) \
   PFA_WGMMA_SS(kN, kPairs, i0, i1, i2)            \

@@ -102,7 +102,8 @@ class ScoreStep {
           for (int c = 0; c < 2; ++c) mask(s[0][i][2 * r + c], 8 * i + c);
         }
       };
-      if (left) for_all([=](Score<T>& x, int column) { mask_if_less(x, column, first, n, column); });
+      if (left)
+        for_all([=](Score<T>& x, int column) { mask_if_less(x, column, first, n, column); });
       if (right)
         for_all([=](Score<T>& x, int column) { mask_if_less(x, last - 1, column, n, column); });
     }
@@ -139,9 +140,7 @@ class ScoreStep {
   // Of products, and what it is worth as a real score.
   [[nodiscard]] __device__ static float sum(float score) { return score; }
   [[nodiscard]] __device__ static float sum(int32_t score) { return get(score) - kMagic; }
-  [[nodiscard]] __device__ float scale() const {
-    return kIsInteger ? scale_ : p_.softmax_scale;
-  }
+  [[nodiscard]] __device__ float scale() const { return kIsInteger ? scale_ : p_.softmax_scale; }
 
   // A masked score becomes -inf by arithmetic: selecting it would keep the pipe busy that integers
   // and the maximum need. The tile's number has the bits of a small float; column differs between
