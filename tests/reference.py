@@ -326,7 +326,7 @@ def _run(p: Parts, s: Tensor, plan: Plan, p_error: float) -> tuple[Tensor, ...]:
         o = o * rescale + (p8 @ v[..., part, :]) * p.descale_o
         slack = slack * rescale + (flips @ v[..., part, :].abs()) * abs(p.descale_o)
         if plan.whole_sums:
-            slack = slack + ((0 < rescale) & (rescale < 1)) * (0.5 * abs(p.descale_o))
+            slack = slack + ((rescale > 0) & (rescale < 1)) * (0.5 * abs(p.descale_o))
         peak = new_peak
     return peak, total, o, slack
 
