@@ -90,9 +90,8 @@ Kernels sm90_kernels(int64_t head_dim) {
 
 Kernels sm90_kernels(const Problem& problem) {
   if (problem.dtype == DType::kInt8) return sm90_bucket<Int8, 64, 128, 256>(problem.head_dim);
-  const bool is_bf16 = problem.dtype == DType::kBFloat16;
-  return is_bf16 ? sm90_kernels<BFloat16>(problem.head_dim)
-                 : sm90_kernels<Float16>(problem.head_dim);
+  if (problem.dtype == DType::kBFloat16) return sm90_kernels<BFloat16>(problem.head_dim);
+  return sm90_kernels<Float16>(problem.head_dim);
 }
 #endif
 
