@@ -240,10 +240,6 @@ def softmax(s: Tensor) -> Tensor:
     return e / torch.where(total == 0, 1.0, total)
 
 
-# By how much a P may be off before it is rounded to int8, relative: 1/500 of the smallest step.
-P_ERROR = 2.0**-16
-
-
 @dataclass(frozen=True)
 class Plan:
     """How a backend cuts the keys of a row; it decides which roundings an int8 P sees."""
@@ -252,7 +248,6 @@ class Plan:
     block_n: int  # keys of a tile; tiles start at multiples of it
     num_splits: int = 1  # runs of tiles that have a running maximum each
     whole_sums: bool = False  # sums of P V are integers, rounded where a maximum grows
-    p_error: float = P_ERROR
 
 
 def tiled(p: Parts, plan: Plan | None = None, p_error: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from cases import EDGE, SMOKE, as_params
-from compare import prepared
+from compare import P_ERROR, prepared
 from reference import Plan
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -246,7 +246,7 @@ def test_tile_width_matters():
     """The check by tiles would notice another width."""
     call, _ = prepared(next(c for c in EDGE if c.dtype == "int8" and c.sk == 1000))
     p = reference.parts(*call.args, **call.options)
-    (a, slack), (b, _) = (reference.tiled(p, Plan(64, n), reference.P_ERROR) for n in (256, 128))
+    (a, slack), (b, _) = (reference.tiled(p, Plan(64, n), P_ERROR) for n in (256, 128))
     assert ((a - b).abs() > slack + a.abs() * 2.0**-10).any()
 
 

@@ -94,15 +94,15 @@ class IntegerSoftmax : public Softmax<1> {
   }
 
  private:
-  // Below this neighbouring floats are at most 2^-13 apart.
-  static constexpr float kMostOffset = 2048.0f;
+  // Below this neighbouring floats are at most 2^-15 apart.
+  static constexpr float kMostOffset = 512.0f;
 
   [[nodiscard]] __device__ float base(int r) const {
     return row_max[0][r] == -kInfinity ? 0.0f : row_max[0][r];
   }
 
   // Fused, the maximum and the shift are one offset of a fused multiplication and addition. At the
-  // magnitude of kMagic it is rounded, which multiplies p of a row by 2^(2^-14) at most: sums take
+  // magnitude of kMagic it is rounded, which multiplies p of a row by 2^(2^-16) at most: sums take
   // that back, and only of P that lie so close to a half another integer is made.
   template <bool kFuses, int kFirst>
   __device__ void exponentiate(Scores<T>& s) {
