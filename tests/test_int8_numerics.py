@@ -54,10 +54,11 @@ def test_entries_of_p(forward, dim, p_scale, most, deq1):
 
 @pytest.mark.parametrize("deq1", [0.0, 1e-42, -1e-42, 1e-5, -1e-5, 0.5, 1e30, -3e38])
 @pytest.mark.parametrize("p_scale", [0.0, 1e-42, 0.7, 127.0, 127.5, 1e30, -50.0])
-def test_extreme_scales(forward, deq1, p_scale):
+def test_extreme_scales(forward, request, deq1, p_scale):
     """Finite whatever the scales are; the emulator says what."""
     if current().name == "cpu" and abs(deq1) >= 0.5:
-        pytest.xfail("the CPU kernels scale such scores before they subtract the maximum")
+        reason = "the CPU kernels scale such scores before they subtract the maximum"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     q, k, v = (random_int8(1, 2, rows, 64, seed=i) for i, rows in enumerate((70, 300, 300)))
     deq2 = 1 / 127
     call = int8_call(q, k, v, deq1=deq1, p_scale=p_scale, deq2=deq2)

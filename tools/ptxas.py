@@ -31,14 +31,14 @@ ALLOWED: list[tuple[str, int, str]] = [
     ),
     *(
         (
-            rf"sm90::Int8Traits<{head_dim}, ",
+            rf"sm90::Traits<.*Int8, {head_dim}, ",
             2 * head_dim + 8,
             "sums that are carried over 2^16 keys, which rows so long alone touch",
         )
         for head_dim in (64, 128)
     ),
     (
-        r"sm90::Int8Traits<256, ",
+        r"sm90::Traits<.*Int8, 256, ",
         576,
         "520 bytes of the same, and up to fourteen words around the loop: sums of P V take 128 of "
         "232 registers",

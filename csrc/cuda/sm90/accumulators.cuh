@@ -6,12 +6,12 @@
 
 namespace pfa::cuda::sm90 {
 
-template <int kTiles>
-__device__ __forceinline__ void clear(float (&acc)[1][kTiles][4]) {
+template <class Sum, int kTiles>
+__device__ __forceinline__ void clear(Sum (&acc)[1][kTiles][4]) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) acc[0][n][e] = 0.0f;
+    for (int e = 0; e < 4; ++e) acc[0][n][e] = 0;
   }
 }
 

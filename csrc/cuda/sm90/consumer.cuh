@@ -8,7 +8,6 @@
 #include <type_traits>
 
 #include "accumulators.cuh"
-#include "int8_config.cuh"
 #include "int8_softmax.cuh"
 #include "int8_sums.cuh"
 #include "int8_wgmma.cuh"
@@ -20,7 +19,7 @@ template <class T>
 class Consumer {
   using Element = typename T::Element;
   static constexpr int kTilesS = T::kTilesS, kTilesO = T::kTilesO;
-  static constexpr bool kIsInteger = quant::Of<Element>::kIsInteger;
+  static constexpr bool kIsInteger = T::kIsInteger;
 
  public:
   // Unnormalised output of the warp's 16 rows and the statistics that go with it. Of int8 it is

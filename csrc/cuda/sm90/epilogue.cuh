@@ -176,11 +176,12 @@ class Epilogue {
       p_.split.stats[at] = make_float2(consumer.softmax.row_max[0][r], sum);
     }
     float* out = p_.split.out + at * T::kHeadDim + channel + accumulator_column(lane_, 0);
+    const float worth = unit();
 #pragma unroll
     for (int n = 0; n < T::kTilesO; ++n) {
       const auto* pair = &consumer.acc_o[0][n][2 * r];
       *reinterpret_cast<float2*>(out + 8 * n) =
-          make_float2(get(pair[0]) * unit(), get(pair[1]) * unit());
+          make_float2(get(pair[0]) * worth, get(pair[1]) * worth);
     }
   }
 

@@ -9,15 +9,6 @@
 
 namespace pfa::cuda::sm90 {
 
-template <int kTiles>
-__device__ __forceinline__ void clear(int32_t (&acc)[1][kTiles][4]) {
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) acc[0][n][e] = 0;
-  }
-}
-
 // x * fraction / 2^30, half up.
 __device__ __forceinline__ int32_t multiply_fraction(int32_t x, int32_t fraction) {
   int32_t product;

@@ -7,15 +7,6 @@
 
 namespace pfa::cuda::sm90 {
 
-template <int kTiles>
-__device__ __forceinline__ void hold(int32_t (&c)[kTiles][4]) {
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) asm volatile("" : "+r"(c[n][e])::"memory");
-  }
-}
-
 // c = a b^T, or c += a b^T: both operands in shared memory.
 template <class Element, int kTiles>
 __device__ void wgmma_ss(int32_t (&c)[kTiles][4], uint64_t a, uint64_t b, bool accumulate);

@@ -22,7 +22,7 @@ __device__ __forceinline__ void forward(const Arguments& a) {
     shared.init_barriers();
     ptx::prefetch(&a.maps.q);
     ptx::prefetch(&a.maps.k);
-    ptx::prefetch(&a.maps.v);
+    if constexpr (!T::kIsInteger) ptx::prefetch(&a.maps.v);
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {

@@ -12,10 +12,8 @@
 namespace pfa::cuda::sm90 {
 
 template <class Element, int kHeadDim, class Mask, bool kHasBias>
-using TraitsOf = std::conditional_t<
-    quant::Of<Element>::kIsInteger, Int8Traits<kHeadDim, Mask, kHasBias>,
-    std::conditional_t<(kHeadDim > 256), WideTraits<Element, kHeadDim, Mask, kHasBias>,
-                       Traits<Element, kHeadDim, Mask, kHasBias>>>;
+using TraitsOf = std::conditional_t<(kHeadDim > 256), WideTraits<Element, kHeadDim, Mask, kHasBias>,
+                                    Traits<Element, kHeadDim, Mask, kHasBias>>;
 
 // Calls visit with the Traits of a variant.
 template <class Element, int kHeadDim, class Visit>

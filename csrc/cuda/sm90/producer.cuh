@@ -158,7 +158,7 @@ class Producer {
     if (is_elected()) {
       ptx::mbarrier_arrive_expect(full, T::kBytesK);
       const StridedTensor& v = a_.params.v;
-      if constexpr (quant::Of<typename T::Element>::kIsInteger) {  // see transpose_values.h
+      if constexpr (T::kIsInteger) {  // see transpose_values.h
         const char* from =
             v.data + place.batch * v.batch + place.head * v.head + int64_t{n} * T::kBytesK;
         ptx::bulk_load(shared_.v(turn), from, T::kBytesK, full);

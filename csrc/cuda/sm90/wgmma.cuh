@@ -35,12 +35,14 @@ struct Descriptor {
 };
 
 // Keeps the compiler from moving reads and writes of these registers across this point.
-template <int kTiles>
-__device__ __forceinline__ void hold(float (&c)[kTiles][4]) {
+__device__ __forceinline__ void hold(float& c) { asm volatile("" : "+f"(c)::"memory"); }
+__device__ __forceinline__ void hold(int32_t& c) { asm volatile("" : "+r"(c)::"memory"); }
+template <class Sum, int kTiles>
+__device__ __forceinline__ void hold(Sum (&c)[kTiles][4]) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c[n][e])::"memory");
+    for (int e = 0; e < 4; ++e) hold(c[n][e]);
   }
 }
 
