@@ -40,7 +40,7 @@ def expected_kernel(cc: str, dtype: str, dim: int) -> tuple[str, int]:
     )
 
 
-def kernel_case(dtype: str, bucket: int, dense: bool, bias: bool, **more) -> Case:
+def kernel_case(dtype: str, bucket: int, dense: bool, bias: bool = False, **more) -> Case:
     """Just over a tile in both directions; fp16 leaves columns of the bucket unused."""
     sq, sk = (150, 200) if bucket <= 256 else (70, 80)
     fields = {"heads": 1, "sq": sq, "sk": sk, "quant": Quant() if dtype == "int8" else None}
@@ -76,6 +76,18 @@ def test_every_kernel(on_cuda, dtype, bucket, dense, bias):
     words = [family, KINDS[dtype], f"D{head_dim}", "dense" if dense else "band"]
     name = " ".join(words + ["bias"] * bias)
     assert on_cuda.choice(call).kernel.removesuffix(" compact") == name
+    check(on_cuda.operator()(*call.args, **call.options), call, expected, on_cuda)
+
+
+@pytest.mark.parametrize("bucket", DIMS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_int8_output_of_16_bits(on_cuda, dtype, bucket):
+    """From the same kernels; fp16 writes single bytes and leaves columns of the bucket unused."""
+    quant = Quant(out="channel", offset=True)
+    call, expected = prepared(kernel_case(dtype, bucket, dense=bucket % 128 == 0, quant=quant))
+    family, head_dim = expected_kernel(on_cuda.compute_capability(), dtype, bucket)
+    words = on_cuda.choice(call).kernel.split()
+    assert words[:3] == [family, KINDS[dtype], f"D{head_dim}"]
     check(on_cuda.operator()(*call.args, **call.options), call, expected, on_cuda)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import EDGE, SMOKE, as_params
 from compare import check, check_case, prepared
-from inputs import FAR, Call, Case, Mask, Pse, guarded_copy
+from inputs import FAR, Call, Case, Mask, Pse, Quant, guarded_copy
 
 DTYPES = ["bf16", "fp16"]
 BAD = [math.nan, math.inf, -math.inf]
@@ -92,6 +92,19 @@ def test_nan_inside_reaches_only_rows_that_see_it(forward, dtype, mode, where):
     clean = run(forward, call)
     untouched = out.isfinite().all(-1, keepdim=True) | (out == clean)
     assert untouched.any()
+
+
+@pytest.mark.parametrize("dim", [64, 192, 512])
+def test_nan_stays_out_of_int8_rows(forward, dim):
+    """As integers nothing tells a NaN: rows that do not see it hold what they should."""
+    quant = Quant(out="channel", offset=True)
+    call, _ = prepared(Case("bf16", 1, 2, sq=130, sk=130, dim=dim, mode=2, quant=quant))
+    value = call.value.clone()
+    value[:, :, 70, :: dim // 8] = math.nan
+    poisoned = call.with_(value=value)
+    out = run(forward, poisoned)
+    check(out, poisoned)
+    assert (out[:, :, 70:, :: dim // 8] == -128).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import as_params
 from compare import check, check_case, prepared
-from inputs import Case, Mask, Pse
+from inputs import Case, Mask, Pse, Quant
 from simulate import simulate
 
 CASES = [
@@ -27,6 +27,7 @@ CASES = [
     Case("bf16", 2, sq=70, sk=90, dim=400, layout="BNSD_BSND", strides="transposed", mode=3),
     Case("fp16", 2, sq=30, sk=200, dim=512, strides="expanded"),
     Case("fp16", sq=1, sk=64, dim=512, heads=3),
+    Case("bf16", 2, sq=70, sk=200, dim=392, mode=3, quant=Quant(out="channel", offset=True)),
 ]
 
 

@@ -157,7 +157,6 @@ std::string why_not_sm90([[maybe_unused]] const Problem& p) {
 #ifdef PFA_WITH_SM90A
   const bool is_int8 = p.dtype == DType::kInt8;
   if (is_int8 && p.head_dim > 256) return "int8 with a head_dim above 256";
-  if (!is_int8 && p.dtype_out != p.dtype) return "an output of another type than the inputs";
   // They count blocks and splits in 31 bits; a block has 64 rows or more.
   constexpr int64_t kMostBlocks = (int64_t{1} << 31) / kMaxSplits;
   if (p.batch * p.num_heads * ceil_div(p.seqlen_q, 64) >= kMostBlocks) return "too many blocks";

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// From unnormalised sums in registers to the output, warp by warp: 16 bits, or of int8 inputs int8
-// with a scale and an offset for each channel. Every row of the block that the output has is
-// written; rows without a key, or beyond the valid length, are zeros.
+// From unnormalised sums in registers to the output, warp by warp: 16 bits, or int8 with a scale
+// and an offset for each channel. Every row of the block that the output has is written; rows
+// without a key, or beyond the valid length, are zeros.
 #pragma once
 
 #include "consumer.cuh"
@@ -23,7 +23,7 @@ class Epilogue {
     for (int r = 0; r < 2; ++r) {
       if (p.split.count > 1) {
         epilogue.store_split(consumer, r, second);
-      } else if (kIsInteger && p.dtype_out == DType::kInt8) {
+      } else if (p.dtype_out == DType::kInt8) {
         epilogue.store_int8_row(consumer, r, second);
       } else {
         epilogue.store_row(consumer, r, second);
