@@ -25,19 +25,32 @@ def random_int8(*shape: int, seed: int, most: int = 128) -> torch.Tensor:
     return torch.randint(-most, most, shape, generator=rng, dtype=torch.int8)
 
 
-# Hopper's kernels fuse the offset of an exponent where deq_scale1 is below 2.8e-5, and are least
-# accurate just there, with flat rows, whose P are large.
+# Hopper's kernels fuse the offset of an exponent where deq_scale1 is below 2.8e-5, or 4.2e-5 of
+# head_dim 512, and are least accurate just there, with flat rows, whose P are large.
 @pytest.mark.parametrize(("most", "deq1"), [(128, 2e-5), (50, 2.8e-5), (128, 5.6e-5), (4, 1e-2)])
 @pytest.mark.parametrize("p_scale", [127.0, 100.3, 17.0])
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
 def test_entries_of_p(forward, dim, p_scale, most, deq1):
+    q = random_int8(1, 1, 600, dim, seed=1, most=most)
+    k = random_int8(1, 1, 32, dim, seed=2, most=most)
+    check_entries_of_p(forward, q, k, deq1, p_scale)
+
+
+@pytest.mark.parametrize("deq1", [4e-5, -4e-5, 1e-3])
+@pytest.mark.parametrize("dim", [256, 384, 512])
+def test_entries_of_p_of_large_scores(forward, dim, deq1):
+    """Rows as flat whose scores are all near the largest that there is, up to 2^23."""
+    q = random_int8(1, 1, 600, dim, seed=1, most=4) - 124
+    k = random_int8(1, 1, 32, dim, seed=2, most=4) - 124
+    check_entries_of_p(forward, q, k, deq1, p_scale=127.0)
+
+
+def check_entries_of_p(forward, q, k, deq1, p_scale):
     """Each key has a channel to itself, so outputs are entries of P over the row's sum.
 
     At most one entry in a thousand may be another integer than in fp64, and then its neighbour.
     """
-    rows, keys = 600, 64  # within one tile of any kernel
-    q = random_int8(1, 1, rows, dim, seed=1, most=most)
-    k = random_int8(1, 1, keys, dim, seed=2, most=most)
+    keys, dim = k.shape[2:]  # keys within one tile of any kernel
     v = torch.zeros(1, 1, keys, dim, dtype=torch.int8)
     channel = torch.randperm(dim, generator=torch.Generator().manual_seed(3))[:keys]
     v[0, 0, torch.arange(keys), channel] = 127
@@ -65,7 +78,7 @@ def test_extreme_scales(forward, request, deq1, p_scale):
     check(forward(*call.args, **call.options), call)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 512])
 def test_integers_of_one_maximum_do_not_overflow(forward, monkeypatch, dim):
     """133,000 keys of equal score: as int32 alone, the sum of P V would be beyond 2^31."""
     if current().name != "cpu":

@@ -28,7 +28,7 @@ def unit_call(q, k, v, p_scale=127.0, deq1=1.0, deq2=1.0 / 127, **options) -> Ca
     return Call(q, k, v, {"input_layout": "BNSD", **scales, **options})
 
 
-@pytest.mark.parametrize("dim", [1, 3, 64, 65, 128, 500, 512])
+@pytest.mark.parametrize("dim", [1, 3, 64, 65, 128, 384, 500, 512])
 def test_scores_are_exact_integers(forward, dim):
     """|q . k| up to 512 * 127 * 128: two keys whose scores differ by one in millions."""
     q = torch.full((1, 1, 33, dim), -128, dtype=torch.int8)
@@ -39,6 +39,22 @@ def test_scores_are_exact_integers(forward, dim):
     call = unit_call(q, k, v, deq1=0.25)  # exp(-32) is nothing
     assert (run(forward, call) == 127).all()
     check(run(forward, call), call)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dim", [384, 512])
+def test_one_in_millions_counts(on_cuda, dim, sign):
+    """Scores of 6 and 8 million, of either sign; two are larger by one, or by nine. (The CPU
+    kernels scale before they subtract.)"""
+    q = torch.full((1, 1, 33, dim), -128, dtype=torch.int8)
+    k = torch.full((1, 1, 300, dim), -128 if sign > 0 else 127, dtype=torch.int8)
+    q[..., 0] = sign
+    k[..., 0] = 4
+    k[0, 0, [41, 170], 0] = 5 * sign
+    v = torch.zeros(1, 1, 300, dim, dtype=torch.int8)
+    v[0, 0, 41], v[0, 0, 170] = 100, 50
+    call = unit_call(q, k, v, deq1=40.0)  # exp(-40) is nothing
+    assert (run(on_cuda.operator(), call) == 75).all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])

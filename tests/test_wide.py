@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Head dimensions above 256, whose CUDA kernels cut the columns of an output between warps and
-carry chunks of K and V through one ring: many tiles, many blocks, every mask."""
+"""Head dimensions above 256, whose CUDA kernels cut the columns of an output between warps or
+blocks, some with chunks of K and V in one ring: many tiles, many blocks, every mask."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import backends
@@ -28,6 +29,18 @@ CASES = [
     Case("fp16", 2, sq=30, sk=200, dim=512, strides="expanded"),
     Case("fp16", sq=1, sk=64, dim=512, heads=3),
     Case("bf16", 2, sq=70, sk=200, dim=392, mode=3, quant=Quant(out="channel", offset=True)),
+    *(
+        dataclasses.replace(case, dtype="int8", quant=quant)
+        for case, quant in (
+            (Case(sq=130, sk=460, dim=512, heads=4, kv_heads=2), Quant()),
+            (Case(sq=130, sk=330, dim=272, mode=3), Quant(out="channel", offset=True)),
+            (Case(sq=200, sk=330, dim=448, mode=4, pre=90, nxt=30), Quant(sign_s=-1)),
+            (Case(sq=130, sk=300, dim=384, mask=Mask(3, pattern="empty_rows"), nxt=9), Quant()),
+            (Case(sq=70, sk=330, dim=512, pse=Pse(), mask=Mask(2), mode=1), Quant(out="tensor")),
+            (Case(batch=2, sq=100, sk=200, dim=384, pse=Pse(pattern="holes")), Quant(sign_s=-1)),
+            (Case(batch=2, sq=70, sk=200, dim=336, q_lens=(3, 70), k_lens=(0, 200)), Quant()),
+        )
+    ),
 ]
 
 

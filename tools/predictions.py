@@ -163,7 +163,7 @@ MACHINES = {
         hbm_tbs=3.35,
         cases=(
             *speeds("fp16", SEQLENS, (64, 96, 128, 192, 256)),
-            *speeds("int8", SEQLENS[1:]),
+            *speeds("int8", SEQLENS[1:], (*HEAD_DIMS, 512)),
             *ratios("fp16", 128),
         ),
         targets=(

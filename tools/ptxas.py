@@ -38,7 +38,12 @@ ALLOWED: list[tuple[str, int, str]] = [
         for head_dim in (64, 128)
     ),
     (
-        r"sm90::Traits<.*Int8, 256, ",
+        r"sm90::Traits<.*Int8, 384, ",
+        400,
+        "392 bytes of the same, of half of the channels, and two words",
+    ),
+    (
+        r"sm90::Traits<.*Int8, (256|512), ",
         576,
         "520 bytes of the same, and up to fourteen words around the loop: sums of P V take 128 of "
         "232 registers",

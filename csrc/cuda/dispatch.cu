@@ -89,7 +89,9 @@ Kernels sm90_kernels(int64_t head_dim) {
 }
 
 Kernels sm90_kernels(const Problem& problem) {
-  if (problem.dtype == DType::kInt8) return sm90_bucket<Int8, 64, 128, 256>(problem.head_dim);
+  if (problem.dtype == DType::kInt8) {
+    return sm90_bucket<Int8, 64, 128, 256, 384, 512>(problem.head_dim);
+  }
   if (problem.dtype == DType::kBFloat16) return sm90_kernels<BFloat16>(problem.head_dim);
   return sm90_kernels<Float16>(problem.head_dim);
 }
@@ -155,15 +157,13 @@ Params base_params(const Problem& p) {
 // Why a call on a GPU of compute capability 9.0 does not take the kernels for it, or nothing.
 std::string why_not_sm90([[maybe_unused]] const Problem& p) {
 #ifdef PFA_WITH_SM90A
-  const bool is_int8 = p.dtype == DType::kInt8;
-  if (is_int8 && p.head_dim > 256) return "int8 with a head_dim above 256";
   // They count blocks and splits in 31 bits; a block has 64 rows or more.
   constexpr int64_t kMostBlocks = (int64_t{1} << 31) / kMaxSplits;
   if (p.batch * p.num_heads * ceil_div(p.seqlen_q, 64) >= kMostBlocks) return "too many blocks";
   if (!sm90_kernels(p).built()) return "built without it for this type and head_dim";
   Params params = base_params(p);
   if (is_copied(params.bias, p.seqlen_q)) params.bias = {};
-  return sm90::why_not_mappable(params, is_int8 ? 1 : 2);
+  return sm90::why_not_mappable(params, p.dtype == DType::kInt8 ? 1 : 2);
 #else
   return "built without 9.0a";
 #endif

@@ -22,9 +22,9 @@ struct Arguments {
 using BlockIndex = BlockIndexOf<uint32_t>;
 using Sequence = SequenceOf<int>;
 
-// The blocks of work of this block of threads, or of the cluster that shares them. Results do not
+// The blocks of work of this block of threads, or of the `kSlices` that share them. Results do not
 // depend on who computes what.
-template <int kCluster>
+template <int kSlices>
 class Schedule {
  public:
   __device__ explicit Schedule(const Arguments& arguments) : a_(arguments) {}
@@ -58,8 +58,8 @@ class Schedule {
   }
 
  private:
-  [[nodiscard]] __device__ static uint32_t worker() { return blockIdx.x / kCluster; }
-  [[nodiscard]] __device__ static uint32_t workers() { return gridDim.x / kCluster; }
+  [[nodiscard]] __device__ static uint32_t worker() { return blockIdx.x / kSlices; }
+  [[nodiscard]] __device__ static uint32_t workers() { return gridDim.x / kSlices; }
 
   const Arguments& a_;
 };
@@ -133,7 +133,7 @@ struct Rings : Shared<T> {
   // Buffers of a turn, in units of 16 bytes, as descriptors have them.
   [[nodiscard]] __device__ uint32_t chunk_q(TurnQ q) const { return chunk<T::kQ, T::kBytesQ>(q); }
   [[nodiscard]] __device__ uint32_t chunk_k(TurnK k) const { return chunk<T::kK, T::kBytesK>(k); }
-  [[nodiscard]] __device__ uint32_t chunk_v(TurnK v) const { return chunk<T::kV, T::kBytesK>(v); }
+  [[nodiscard]] __device__ uint32_t chunk_v(TurnK v) const { return chunk<T::kV, T::kBytesV>(v); }
   // In bytes.
   [[nodiscard]] __device__ uint32_t q(TurnQ q) const { return chunk_q(q) * kChunkBytes; }
   [[nodiscard]] __device__ uint32_t k(TurnK k) const { return chunk_k(k) * kChunkBytes; }

@@ -38,12 +38,14 @@ PFA_HOST_DEVICE constexpr Tile tile_of(int head_dim, bool is_dense, bool has_bia
   return {128, whole_cells ? 64 : 80, 2};
 }
 
-// The same of int8: as many keys as registers allow beside sums of P V, since the instructions that
-// a tile costs besides are many beside the few of its products.
+// The same of int8: as many keys as registers and, above head_dim 256, shared memory allow beside
+// sums of P V, since the instructions that a tile costs besides are many beside the few of its
+// products. Predicted at D512 and 4096 keys: 128x64 721 TOP/s, 128x96 756.
 PFA_HOST_DEVICE constexpr Tile int8_tile_of(int head_dim, bool is_dense, bool has_bias) {
   const bool whole_cells = is_dense || has_bias;
   if (head_dim <= 64) return {128, whole_cells ? 128 : 256, 3};
   if (head_dim <= 128) return {128, whole_cells ? 128 : 192, 2};
+  if (head_dim == 384) return {128, has_bias ? 64 : 128, 2};
   return {128, whole_cells ? 64 : 96, 2};
 }
 
@@ -71,13 +73,17 @@ struct Traits {
   static constexpr int kThreads = kConsumerThreads + kWarpgroup;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  static constexpr int kCluster = 1;  // blocks of threads that share a block of work
+  // Blocks of threads that share a block of work: above head_dim 256 O does not fit one. Each
+  // computes all of S and a slice of O's columns; they exchange nothing.
+  static constexpr int kSlices = kHeadDim > 256 ? 2 : 1;
+  static constexpr int kCluster = 1;
+  static constexpr int kColumns = kHeadDim / kSlices;  // of O, in a block of threads
   static constexpr bool kTakesTurns = kHeadDim <= 128 || kIsInteger;
   // When its Q K^T is done: products of int8 are so short beside the softmax that warpgroups which
   // have theirs at the same time fall into step. Predicted 14 % faster at D128.
   static constexpr bool kEndsTurnLate = kIsInteger;
   static constexpr int kTilesS = kBlockN / 8;   // 8-key accumulators of a warp
-  static constexpr int kTilesO = kHeadDim / 8;  // 8-channel accumulators of a warp
+  static constexpr int kTilesO = kColumns / 8;  // 8-channel accumulators of a warp
 
   // Tiles of q, k and v are boxes of 128 bytes of each row, or 64 where those do not divide it: as
   // wide as a swizzle of TMA, which sees columns of 16 bits.
@@ -89,15 +95,16 @@ struct Traits {
   static constexpr int kBoxQ = kBlockM * kBoxRowBytes;  // bytes
   static constexpr int kBoxK = kBlockN * kBoxRowBytes;
   static constexpr int kBytesQ = kBoxes * kBoxQ;
-  static constexpr int kBytesK = kBoxes * kBoxK;  // and of a tile of V
-  static constexpr int kRowsV = kBlockN;          // of a box
+  static constexpr int kBytesK = kBoxes * kBoxK;
+  static constexpr int kBytesV = kBytesK / kSlices;
+  static constexpr int kRowsV = kBlockN;  // of a box
   static_assert(kBoxQ % 1024 == 0 && kBoxK % 1024 == 0, "boxes must start where a swizzle repeats");
   // A step of P V: its keys, and where its part of a tile of V lies; of int8, a cell of transposed
   // V.
   static constexpr int kStepKeys = kIsInteger ? kTransposedKeys : 16;
   static constexpr int kSteps = kBlockN / kStepKeys;
   static constexpr int kRowBytesV = kIsInteger ? kTransposedKeys : kBoxRowBytes;
-  static constexpr int kStepBytesV = kIsInteger ? kStepKeys * kHeadDim : kStepKeys * kBoxRowBytes;
+  static constexpr int kStepBytesV = kStepKeys * (kIsInteger ? kColumns : kBoxRowBytes);
 
   static constexpr int kBiasColumns = 64;
   static constexpr int kBiasBoxes = kHasBias ? kBlockN / kBiasColumns : 0;
@@ -111,7 +118,7 @@ struct Traits {
   // Q all consumers have left, which may be the one before that whose sums a consumer stores.
   static constexpr int kWorkSlots = 4;
   static constexpr int kWorkBytes = 1024;
-  static constexpr int kBytesRings = kStages * (2 * kBytesK + kBytesBias);
+  static constexpr int kBytesRings = kStages * (kBytesK + kBytesV + kBytesBias);
   static constexpr int kBytesBesides =
       kControlBytes + kWorkBytes + 512 + 1024;  // for the alignment
   // Q of the next block of work is fetched during this one where there is room.
@@ -119,7 +126,7 @@ struct Traits {
   static constexpr int kQ = 0;
   static constexpr int kK = kQ + kStagesQ * kBytesQ;
   static constexpr int kV = kK + kStages * kBytesK;
-  static constexpr int kBias = kV + kStages * kBytesK;
+  static constexpr int kBias = kV + kStages * kBytesV;
   static constexpr int kControl = kBias + kStages * kBytesBias;
   static constexpr int kWork = kControl + kControlBytes;
   static constexpr int kSuspects = kWork + kWorkBytes;

@@ -277,20 +277,21 @@ class Consumer {
     constexpr int kStepBytes = 32;
     constexpr int kSteps = T::kBoxRowBytes / kStepBytes;  // of a box
     const Operand q{q_low_}, k = Operand::of_chunk(shared_.chunk_k(k_), 16);
-    if constexpr (kIsInteger) softmax.begin(s);
+    if constexpr (kMagicSums<T>) softmax.begin(s);
     hold(s[0]);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < T::kBoxes * kSteps; ++step) {
       const int box = step / kSteps, bytes = step % kSteps * kStepBytes;
       wgmma_ss<Element>(s[0], q.at(box * T::kBoxQ + bytes), k.at(box * T::kBoxK + bytes),
-                        kIsInteger || step > 0);
+                        kMagicSums<T> || step > 0);
     }
     ptx::wgmma_commit();
   }
 
   // From the sums of this tile to its scores; K's buffer is given back.
   __device__ void finish_scores(Scores<T>& s, bool has_bits, const Bits& bits) {
+    scores_.convert(s);
     if constexpr (T::kHasBias) scores_.add_bias(s, shared_.bias(k_), !kIsInteger && is_careful());
     release(shared_.empty_k(k_));
     k_.advance();

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The online softmax of a warp's 16 rows over integer scores, and P in int8.
 //
-// Sums of Q K^T start from the bits of kMagic (quant.cuh), so that they are floats when they end
-// and nothing is converted. P is rounded in steps of the row's true maximum so far, as the contract
-// has it: each tile takes its maximum first.
+// Up to head_dim 256 sums of Q K^T start from the bits of kMagic (quant.cuh), so that they are
+// floats when they end and nothing is converted. P is rounded in steps of the row's true maximum so
+// far, as the contract has it: each tile takes its maximum first.
 #pragma once
 
 #include "../quant.cuh"
@@ -16,6 +16,9 @@ template <class T>
 class IntegerSoftmax : public Softmax<1> {
   static constexpr int kTilesS = T::kTilesS;
   static constexpr int kChains = 4;  // of maxima, which do not wait for each other
+  static constexpr bool kComparesFloats = T::kHasBias || !kMagicSums<T>;
+  // The magnitude that scores without a bias may have.
+  static constexpr float kMostScore = kMagicSums<T> ? kMagic : 128.0f * 128.0f * T::kHeadDim;
 
  public:
   using Probabilities = uint32_t[T::kSteps][4];
@@ -28,7 +31,7 @@ class IntegerSoftmax : public Softmax<1> {
     // The exponential is off by a millionth, which would break a tie of the largest p.
     const float distance = fabsf(scale - truncf(scale) - 0.5f);
     folds_ = scale >= 1.0f && scale <= 127.0f && distance > 0.001f;
-    fuses_ = folds_ && !T::kHasBias && kMagic * unit_ <= kMostOffset;
+    fuses_ = folds_ && !T::kHasBias && kMostScore * unit_ <= kMostOffset;
     shift_ = folds_ ? log2f(scale) - 24.0f : 0.0f;
   }
 
@@ -89,7 +92,7 @@ class IntegerSoftmax : public Softmax<1> {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       row_sum[0][r] *= unit;
-      if constexpr (!T::kHasBias) row_max[0][r] -= kMagic;
+      if constexpr (!T::kHasBias) row_max[0][r] -= kZero<T>;
     }
   }
 
@@ -140,12 +143,12 @@ class IntegerSoftmax : public Softmax<1> {
     }
   }
 
-  // The largest score of a row over the quad. Floats, of which all but -inf are positive, compare
-  // as integers do, of which the GPU takes three at a time.
+  // The largest score of a row over the quad. Floats that start from kMagic, of which all but -inf
+  // are positive, compare as integers do, of which the GPU takes three at a time.
   __device__ static float tile_max(const Score<T> (&s)[kTilesS][4], int r) {
-    using Word = std::conditional_t<T::kHasBias, float, int32_t>;
+    using Word = std::conditional_t<kComparesFloats, float, int32_t>;
     const auto word = [](int32_t bits) {
-      if constexpr (T::kHasBias) {
+      if constexpr (kComparesFloats) {
         return get(bits);
       } else {
         return bits;
@@ -159,7 +162,7 @@ class IntegerSoftmax : public Softmax<1> {
       chain = n < kChains ? larger(low, high) : larger(larger(chain, low), high);
     }
     const Word most = larger(larger(x[0], x[1]), larger(x[2], x[3]));
-    if constexpr (T::kHasBias) {
+    if constexpr (kComparesFloats) {
       return quad_max(most);
     } else {
       return quad_max(get(most));

@@ -12,7 +12,8 @@
 namespace pfa::cuda::sm90 {
 
 template <class Element, int kHeadDim, class Mask, bool kHasBias>
-using TraitsOf = std::conditional_t<(kHeadDim > 256), WideTraits<Element, kHeadDim, Mask, kHasBias>,
+using TraitsOf = std::conditional_t<(kHeadDim > 256 && !quant::Of<Element>::kIsInteger),
+                                    WideTraits<Element, kHeadDim, Mask, kHasBias>,
                                     Traits<Element, kHeadDim, Mask, kHasBias>>;
 
 // Calls visit with the Traits of a variant.
@@ -27,7 +28,7 @@ template <class Element, int kHeadDim>
 KernelInfo info(const Variant& variant) {
   return with_traits<Element, kHeadDim>(variant, [](auto traits) {
     using T = decltype(traits);
-    return KernelInfo{T::kBlockM, T::kBlockN, T::kThreads, T::kSharedBytes, T::kCluster};
+    return KernelInfo{T::kBlockM, T::kBlockN, T::kThreads, T::kSharedBytes, T::kSlices};
   });
 }
 
@@ -65,12 +66,12 @@ inline uint32_t heads_of_section(const Params& p, int64_t grid) {
 constexpr int64_t kFarthest = int64_t{1} << 30;
 
 template <class T>
-void launch_clusters(const Arguments& arguments, unsigned clusters, cudaStream_t stream) {
+void launch_workers(const Arguments& arguments, unsigned workers, cudaStream_t stream) {
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {T::kCluster, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(clusters * T::kCluster);
+  config.gridDim = dim3(workers * T::kSlices);
   config.blockDim = dim3(T::kThreads);
   config.dynamicSmemBytes = T::kSharedBytes;
   config.stream = stream;
@@ -94,14 +95,14 @@ void launch(const Variant& variant, const Params& params, int64_t blocks, int de
         params, {T::kBoxColumns, T::kBlockM, T::kBlockN, T::kRowsV, T::Element::kBytes});
     a.blocks = static_cast<uint32_t>(blocks);
     const bool stays = is_uniform(params);
-    const int workers = Device::of(device).multiprocessors / T::kCluster;
+    const int workers = Device::of(device).multiprocessors / T::kSlices;
     if (stays && depends_on_rows(params)) a.section = heads_of_section(params, workers);
-    const int64_t most = stays ? workers : kMaxGrid / T::kCluster;
+    const int64_t most = stays ? workers : kMaxGrid / T::kSlices;
     do {
       const int64_t left = blocks - a.params.first_block;
       const auto grid = static_cast<unsigned>(left < most ? left : most);
       if (!stays) a.blocks = static_cast<uint32_t>(a.params.first_block + grid);
-      launch_clusters<T>(a, grid, stream);
+      launch_workers<T>(a, grid, stream);
       a.params.first_block += grid;
     } while (!stays && a.params.first_block < blocks);
   });

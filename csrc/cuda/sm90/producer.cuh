@@ -20,7 +20,7 @@ class Producer {
   // K runs a tile ahead of V, over the ends of blocks too: consumers multiply Q and K of the next
   // block before they are done with V of this one.
   __device__ void run() {
-    const Schedule<T::kCluster> schedule(a_);
+    const Schedule<T::kSlices> schedule(a_);
     int owed = kNone;  // the tile of V that comes next
     BlockIndex block{};
     for (int iteration = 0; schedule.find(iteration, block); ++iteration) {
@@ -156,12 +156,18 @@ class Producer {
     const uint32_t full = shared_.full_v(turn);
     ptx::mbarrier_wait(shared_.empty_v(turn), turn.parity() ^ 1);
     if (is_elected()) {
-      ptx::mbarrier_arrive_expect(full, T::kBytesK);
+      ptx::mbarrier_arrive_expect(full, T::kBytesV);
       const StridedTensor& v = a_.params.v;
       if constexpr (T::kIsInteger) {  // see transpose_values.h
-        const char* from =
-            v.data + place.batch * v.batch + place.head * v.head + int64_t{n} * T::kBytesK;
-        ptx::bulk_load(shared_.v(turn), from, T::kBytesK, full);
+        constexpr int kCopies = T::kSlices == 1 ? 1 : T::kSteps, kBytes = T::kBytesV / kCopies;
+        const char* from = v.data + place.batch * v.batch + place.head * v.head +
+                           int64_t{n} * (T::kBytesV * T::kSlices) +
+                           first_channel<T>() * T::kRowBytesV;
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) {
+          ptx::bulk_load(shared_.v(turn) + i * kBytes, from + i * (kBytes * T::kSlices), kBytes,
+                         full);
+        }
       } else {
         load_boxes(n, place, shared_.v(turn), &a_.maps.v, full, v);
       }

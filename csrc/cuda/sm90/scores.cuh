@@ -19,13 +19,21 @@ __device__ __forceinline__ float get(int32_t score) { return __int_as_float(scor
 __device__ __forceinline__ void set(float& score, float x) { score = x; }
 __device__ __forceinline__ void set(int32_t& score, float x) { score = __float_as_int(x); }
 
+// Sums of int8 products start from the bits of kMagic, so that they are floats when they end, where
+// they stay below 2^22; those of longer rows reach 2^23 and are converted.
+template <class T>
+constexpr bool kMagicSums = quant::Of<typename T::Element>::kIsInteger && T::kHeadDim <= 256;
+// The score of a sum of zero.
+template <class T>
+constexpr float kZero = kMagicSums<T> ? kMagic : 0.0f;
+
 // The consumer warp's first row in the block, and its first channel of O.
 __device__ __forceinline__ int first_row() {
   return static_cast<int>((recomputed(threadIdx.x) - kWarpgroup) / kWarp) * 16;
 }
 template <class T>
 __device__ __forceinline__ int first_channel() {
-  return T::kCluster == 1 ? 0 : ptx::cluster_rank() * (T::kTilesO * 8);
+  return T::kSlices == 1 ? 0 : static_cast<int>(blockIdx.x % T::kSlices) * T::kColumns;
 }
 
 template <class T>
@@ -54,11 +62,22 @@ class ScoreStep {
   }
   __device__ void apply_sign(Scores<T>& s) const {
     if (!moves_sign(p_)) return;
-    constexpr float kZero = kIsInteger ? kMagic : 0.0f;
 #pragma unroll
     for (int n = 0; n < kTilesS; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) set(s[0][n][e], 2.0f * kZero - get(s[0][n][e]));
+      for (int e = 0; e < 4; ++e) set(s[0][n][e], 2.0f * kZero<T> - get(s[0][n][e]));
+    }
+  }
+
+  // Sums that are no floats yet, all at once: some would be in registers twice.
+  __device__ static void convert(Scores<T>& s) {
+    if constexpr (kIsInteger && !kMagicSums<T>) {
+#pragma unroll
+      for (int n = 0; n < kTilesS; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) set(s[0][n][e], static_cast<float>(s[0][n][e]));
+      }
+      hold(s[0]);
     }
   }
 
@@ -139,7 +158,7 @@ class ScoreStep {
  private:
   // Of products, and what it is worth as a real score.
   [[nodiscard]] __device__ static float sum(float score) { return score; }
-  [[nodiscard]] __device__ static float sum(int32_t score) { return get(score) - kMagic; }
+  [[nodiscard]] __device__ static float sum(int32_t score) { return get(score) - kZero<T>; }
   [[nodiscard]] __device__ float scale() const { return kIsInteger ? scale_ : p_.softmax_scale; }
 
   // A masked score becomes -inf by arithmetic: selecting it would keep the pipe busy that integers

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The compile-time facts of a kernel above head_dim 256, where O's columns are cut between the two
-// blocks of threads of a cluster: see wide_consumer.cuh.
+// The compile-time facts of a 16-bit kernel above head_dim 256, where O's columns are cut between
+// the two blocks of threads of a cluster: see wide_consumer.cuh.
 #pragma once
 
 #include "config.cuh"
@@ -25,16 +25,17 @@ struct WideTraits {
 
   static constexpr int kBlockM = 128;
   static constexpr int kBlockN = 64;
-  static constexpr int kCluster = 2;               // blocks of threads that share a block of work
+  static constexpr int kSlices = 2;  // blocks of threads that share a block of work
+  static constexpr int kCluster = kSlices;
   static constexpr int kConsumers = kBlockM / 64;  // warpgroups of a block of threads
   static constexpr int kConsumerThreads = kConsumers * kWarpgroup;
   static constexpr int kThreads = kConsumerThreads + kWarpgroup;
   static constexpr int kStagesQ = 1;
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
-  static constexpr int kColumns = kHeadDim / kCluster;  // of O, in a block of threads
-  static constexpr int kTilesS = kBlockN / 8;           // 8-key accumulators of a warp
-  static constexpr int kTilesO = kColumns / 8;          // 8-channel accumulators of a warp
+  static constexpr int kColumns = kHeadDim / kSlices;  // of O, in a block of threads
+  static constexpr int kTilesS = kBlockN / 8;          // 8-key accumulators of a warp
+  static constexpr int kTilesO = kColumns / 8;         // 8-channel accumulators of a warp
 
   // Boxes of TMA: 64 columns of all rows of Q or keys of K, or of 32 keys of V.
   static constexpr int kBoxColumns = 64;

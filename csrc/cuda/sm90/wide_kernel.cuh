@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel above head_dim 256, for a cluster of two blocks of threads.
+// The 16-bit kernel above head_dim 256, for a cluster of two blocks of threads.
 #pragma once
 
 #include "epilogue.cuh"
@@ -12,7 +12,7 @@ namespace pfa::cuda::sm90 {
 // suspects, those again, as in kernel.cuh.
 template <class T, class Step>
 __device__ void for_each_block(const Arguments& a, const Suspects<T>& suspects, const Step& step) {
-  const Schedule<T::kCluster> schedule(a);
+  const Schedule<T::kSlices> schedule(a);
   for (bool second = false;; second = true) {
     BlockIndex block{};
     for (int iteration = 0; schedule.find(iteration, block); ++iteration) {
