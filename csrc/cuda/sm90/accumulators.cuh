@@ -6,8 +6,8 @@
 
 namespace pfa::cuda::sm90 {
 
-template <class Sum, int kTiles>
-__device__ __forceinline__ void clear(Sum (&acc)[1][kTiles][4]) {
+template <int kTiles>
+__device__ __forceinline__ void clear(float (&acc)[1][kTiles][4]) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll

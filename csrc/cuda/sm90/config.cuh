@@ -43,10 +43,10 @@ PFA_HOST_DEVICE constexpr Tile tile_of(int head_dim, bool is_dense, bool has_bia
 // products. Predicted at D512 and 4096 keys: 128x64 721 TOP/s, 128x96 756.
 PFA_HOST_DEVICE constexpr Tile int8_tile_of(int head_dim, bool is_dense, bool has_bias) {
   const bool whole_cells = is_dense || has_bias;
-  if (head_dim <= 64) return {128, whole_cells ? 128 : 256, 3};
-  if (head_dim <= 128) return {128, whole_cells ? 128 : 192, 2};
+  if (head_dim <= 64) return {128, whole_cells ? 128 : 256, whole_cells ? 3 : 4};
+  if (head_dim <= 128) return {128, whole_cells ? 128 : 224, 2};
   if (head_dim == 384) return {128, has_bias ? 64 : 128, 2};
-  return {128, whole_cells ? 64 : 96, 2};
+  return {128, whole_cells ? 64 : head_dim <= 256 ? 128 : 96, 2};
 }
 
 template <class Element_, int kHeadDim_, class Mask_, bool kHasBias_>
@@ -71,8 +71,10 @@ struct Traits {
   static constexpr int kConsumers = kTile.consumers();
   static constexpr int kConsumerThreads = kConsumers * kWarpgroup;
   static constexpr int kThreads = kConsumerThreads + kWarpgroup;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  // Of a thread; multiples of 8, which add up to what a multiprocessor has. Who looks for tiles of
+  // a dense mask needs more than 32.
+  static constexpr int kProducerRegisters = kConsumers == 2 && (kIsDense || !kIsInteger) ? 40 : 32;
+  static constexpr int kConsumerRegisters = (512 - kProducerRegisters) / kConsumers / 8 * 8;
   // Blocks of threads that share a block of work: above head_dim 256 O does not fit one. Each
   // computes all of S and a slice of O's columns; they exchange nothing.
   static constexpr int kSlices = kHeadDim > 256 ? 2 : 1;

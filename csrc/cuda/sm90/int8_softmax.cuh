@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The online softmax of a warp's 16 rows over integer scores, and P in int8.
 //
-// Up to head_dim 256 sums of Q K^T start from the bits of kMagic (quant.cuh), so that they are
+// Up to head_dim 256 sums of Q K^T start from the bits of kZero (scores.cuh), so that they are
 // floats when they end and nothing is converted. P is rounded in steps of the row's true maximum so
 // far, as the contract has it: each tile takes its maximum first.
+//
+// An exponent is (score - maximum) * unit + shift. Fused, one multiplication and addition computes
+// score * unit + offset, where offset = shift - maximum * unit has to be rounded, at a magnitude of
+// hundreds: that alone would multiply all P of a row by up to 1 + 2^-15, which shows. So a row gets
+// the unit, of those a few ulps above the real one, whose offset happens to be nearly a float.
 #pragma once
 
 #include "../quant.cuh"
@@ -17,8 +22,6 @@ class IntegerSoftmax : public Softmax<1> {
   static constexpr int kTilesS = T::kTilesS;
   static constexpr int kChains = 4;  // of maxima, which do not wait for each other
   static constexpr bool kComparesFloats = T::kHasBias || !kMagicSums<T>;
-  // The magnitude that scores without a bias may have.
-  static constexpr float kMostScore = kMagicSums<T> ? kMagic : 128.0f * 128.0f * T::kHeadDim;
 
  public:
   using Probabilities = uint32_t[T::kSteps][4];
@@ -30,9 +33,17 @@ class IntegerSoftmax : public Softmax<1> {
     const float scale = read_scale(p.quant.scale_p);
     // The exponential is off by a millionth, which would break a tie of the largest p.
     const float distance = fabsf(scale - truncf(scale) - 0.5f);
-    folds_ = scale >= 1.0f && scale <= 127.0f && distance > 0.001f;
-    fuses_ = folds_ && !T::kHasBias && kMostScore * unit_ <= kMostOffset;
-    shift_ = folds_ ? log2f(scale) - 24.0f : 0.0f;
+    const bool folds = scale >= 1.0f && scale <= 127.0f && distance > 0.001f;
+    shift_ = folds ? log2f(scale) - 24.0f : 0.0f;
+    if (folds && unit_ > kLeastFused && unit_ < kMostFused) plan_fusing();
+  }
+
+  // For the next block.
+  __device__ void clear() {
+    Softmax<1>::clear();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) row_max[0][r] = kNoScore;
+    separate();
   }
 
   // Before the products are added.
@@ -40,7 +51,7 @@ class IntegerSoftmax : public Softmax<1> {
 #pragma unroll
     for (int n = 0; n < kTilesS; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[0][n][e] = kMagicBits;
+      for (int e = 0; e < 4; ++e) s[0][n][e] = kZeroBits<T>;
     }
   }
 
@@ -55,33 +66,29 @@ class IntegerSoftmax : public Softmax<1> {
       row_sum[0][r] *= alpha[0][r];
     }
     const bool grown = alpha[0][0] != 1.0f || alpha[0][1] != 1.0f;
-    if (fuses_) {
+    const int changed = __any_sync(0xffffffffu, grown);
+    if (changed != 0) fuse();
+    if (is_fused()) {
       exponentiate<true, 0>(s);
     } else {
       exponentiate<false, 0>(s);
     }
-    return __any_sync(0xffffffffu, grown);
+    return changed;
   }
 
   // The second half of s becomes p while the first is packed: exponentials and integers keep
   // different units of the GPU busy. Folded: the exponent counts P in units of float16's smallest
   // subnormal, and the conversion to float16, two at a time, rounds.
   __device__ void pack(Scores<T>& s, Probabilities& p) {
-    const auto fold = [](float a, float b, float c, float d) {
-      return __byte_perm(Float16::pack(a, b), Float16::pack(c, d), 0x6420);
-    };
-    if (fuses_) {
+    if (is_fused()) {
       exponentiate<true, kTilesS / 2>(s);
-      pack(p, s, fold);
-    } else if (folds_) {
+      fold(p, s);
+    } else if (folds()) {
       exponentiate<false, kTilesS / 2>(s);
-      pack(p, s, fold);
+      fold(p, s);
     } else {
       exponentiate<false, kTilesS / 2>(s);
-      const float scale = read_scale(p_.quant.scale_p);
-      pack(p, s, [scale](float a, float b, float c, float d) {
-        return quant::pack4<true>(a, b, c, d, scale);
-      });
+      round(p, s);
     }
   }
 
@@ -92,43 +99,112 @@ class IntegerSoftmax : public Softmax<1> {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       row_sum[0][r] *= unit;
-      if constexpr (!T::kHasBias) row_max[0][r] -= kZero<T>;
+      if constexpr (!T::kHasBias) {
+        row_max[0][r] = row_max[0][r] == kNoScore ? -kInfinity : row_max[0][r] - kZero<T>;
+      }
     }
   }
 
  private:
-  // Below this neighbouring floats are at most 2^-15 apart.
-  static constexpr float kMostOffset = 512.0f;
+  // Below all scores. Those without a bias are at least kZero - 2^22, or -2^23 if they do not start
+  // from there.
+  static constexpr float kNoScore = T::kHasBias ? -kInfinity : kMagicSums<T> ? 0.0f : -16777216.0f;
 
-  [[nodiscard]] __device__ float base(int r) const {
-    return row_max[0][r] == -kInfinity ? 0.0f : row_max[0][r];
+  // By how many powers of two an offset may be off: P is multiplied by at most 1.1e-5 more.
+  static constexpr float kMostLost = 1.0f / 65536;
+  // An ulp of the unit moves an offset by 5/4 of an ulp of the offset, or by 5/8 where those are
+  // twice as large; by 3/2 and 3/4 where sums start from kMagic. 1/4, or 1/2, is a step; or half.
+  static constexpr int kSteps = T::kHeadDim <= 128 ? 4 : 2;
+  // Below this the nearest multiple of a step leaves kMostLost at most. Sums that start from 0 need
+  // none: there no offset is beyond 512.
+  static constexpr float kMostFused =
+      kMagicSums<T> ? kSteps / 16384.0f : 512.0f / (128 * 128 * T::kHeadDim);
+  static constexpr float kLeastFused = 1.0f / 131072;
+  static constexpr float kFused = -64.0f;  // fused offsets from kZero are less, and shift_ is more
+
+  [[nodiscard]] __device__ bool folds() const { return shift_ != 0.0f; }
+  [[nodiscard]] __device__ bool is_fused() const {
+    if constexpr (T::kHasBias) return false;
+    return kMagicSums<T> ? offsets_[0] < kFused : steps_ != 0.0f;
   }
 
-  // Fused, the maximum and the shift are one offset of a fused multiplication and addition. At the
-  // magnitude of kMagic it is rounded, which multiplies p of a row by 2^(2^-16) at most: sums take
-  // that back, and only of P that lie so close to a half another integer is made.
-  template <bool kFuses, int kFirst>
+  [[nodiscard]] __device__ float base(int r) const {
+    return T::kHasBias && row_max[0][r] == -kInfinity ? 0.0f : row_max[0][r];
+  }
+
+  __device__ void plan_fusing() {
+    const float offset = kZero<T> * unit_ - shift_;
+    const int exponent = __float_as_int(offset) >> 23;
+    const bool doubles = exponent - (__float_as_int(unit_) >> 23) == 24;
+    const float ulp = __int_as_float((exponent - 23) << 23);
+    steps_ = doubles ? -2.0f * kSteps / ulp : kSteps / ulp;
+  }
+
+  // For new maxima. All rows of a warp are fused, or none is.
+  __device__ void fuse() {
+    if (T::kHasBias || steps_ == 0.0f) return;
+    if constexpr (kMagicSums<T>) {
+      bool fits = true;
+      // How many ulps make one step: of 5/4 it is 1, of 5/8 5; and 1 and 3.
+      const bool doubles = steps_ < 0.0f;
+      const unsigned steps = doubles ? 2 * kSteps : kSteps, ulps = doubles ? kSteps + 1 : 1;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float left = lost(r, unit_, fmaf(-base(r), unit_, shift_));
+        const unsigned nearest = __float_as_uint(fmaf(left, fabsf(steps_), kMagic));
+        units_[r] = __uint_as_float(__float_as_uint(unit_) + nearest * ulps % steps);
+        offsets_[r] = fmaf(-base(r), units_[r], shift_);
+        fits &= offsets_[r] < kFused && fabsf(lost(r, units_[r], offsets_[r])) <= kMostLost;
+      }
+      if (__all_sync(0xffffffffu, fits) == 0) separate();
+    } else {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) offsets_[r] = fmaf(-base(r), unit_, shift_);
+    }
+  }
+  __device__ void separate() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      units_[r] = unit_;
+      offsets_[r] = shift_;
+    }
+  }
+  // What the rounding of an offset took from it.
+  [[nodiscard]] __device__ float lost(int r, float unit, float offset) const {
+    return fmaf(-base(r), unit, -offset) + shift_;
+  }
+
+  template <bool kIsFused, int kFirst>
   __device__ void exponentiate(Scores<T>& s) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float offset = fmaf(-base(r), unit_, shift_), subtracted = base(r);
-      const float lost = fmaf(-subtracted, unit_, -offset) + shift_;
+      const float subtracted = base(r);
       float sums[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int n = kFirst; n < kFirst + kTilesS / 2; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           Score<T>& score = s[0][n][2 * r + c];
-          const float x = kFuses ? get(score) : get(score) - subtracted;
-          const float p = ptx::exp2_approx(fmaf(x, unit_, kFuses ? offset : shift_));
+          const float x = kIsFused ? get(score) : get(score) - subtracted;
+          const float p = ptx::exp2_approx(fmaf(x, units_[r], offsets_[r]));
           sums[c] += p;
           set(score, p);
         }
       }
-      const float sum = sums[0] + sums[1];
-      row_sum[0][r] =
-          kFuses ? fmaf(sum, ptx::exp2_approx(lost), row_sum[0][r]) : row_sum[0][r] + sum;
+      row_sum[0][r] += sums[0] + sums[1];
     }
+  }
+
+  __device__ void fold(Probabilities& p, const Scores<T>& s) {
+    pack(p, s, [](float a, float b, float c, float d) {
+      return __byte_perm(Float16::pack(a, b), Float16::pack(c, d), 0x6420);
+    });
+  }
+  __device__ void round(Probabilities& p, const Scores<T>& s) {
+    const float scale = read_scale(p_.quant.scale_p);
+    pack(p, s, [scale](float a, float b, float c, float d) {
+      return quant::pack4<true>(a, b, c, d, scale);
+    });
   }
 
   template <class Pack4>
@@ -173,7 +249,8 @@ class IntegerSoftmax : public Softmax<1> {
 
   const Params& p_;
   float unit_, shift_;
-  bool folds_, fuses_;
+  float steps_ = 0.0f;  // in a power of two, negative where ulps are twice as large; 0: none
+  float units_[2], offsets_[2];
 };
 
 }  // namespace pfa::cuda::sm90

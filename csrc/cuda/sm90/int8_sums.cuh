@@ -9,33 +9,33 @@
 
 namespace pfa::cuda::sm90 {
 
-// x * fraction / 2^30, half up.
-__device__ __forceinline__ int32_t multiply_fraction(int32_t x, int32_t fraction) {
-  int32_t product;
-  asm("{\n"
-      ".reg .b32 low, high;\n"
-      ".reg .b64 sum;\n"
-      "mad.wide.s32 sum, %1, %2, %3;\n"
-      "mov.b64 {low, high}, sum;\n"
-      "shf.l.wrap.b32 %0, low, high, 2;\n"
-      "}\n"
-      : "=r"(product)
-      : "r"(x), "r"(fraction), "l"(int64_t{1} << 29));
-  return product;
+// They are counted from 2^31, so that they are positive as unsigned integers.
+constexpr int32_t kNoSum = INT32_MIN;
+
+template <int kTiles>
+__device__ __forceinline__ void clear(int32_t (&acc)[1][kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) acc[0][n][e] = kNoSum;
+  }
 }
 
-// alpha is at most 1, of a row whose maximum has not grown 1: then nothing changes.
+// alpha is at most 1, of a row whose maximum has not grown 1: then nothing changes. It becomes a
+// fraction of 2^32, an odd one: of the 2^31 that sums are counted from, it leaves a half behind
+// the point, so that cutting off rounds.
 template <int kTiles>
 __device__ __forceinline__ void rescale(int32_t (&acc)[1][kTiles][4], const float (&alpha)[1][2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (!__any_sync(0xffffffffu, alpha[0][r] != 1.0f)) continue;
-    const int32_t fraction = __float2int_rz(alpha[0][r] * 1073741824.0f);
+    const uint32_t fraction = __float2uint_rz(alpha[0][r] * 4294967296.0f) | 1;
+    const uint32_t lost = static_cast<uint32_t>(kNoSum) - (fraction >> 1);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int e = 2 * r; e < 2 * r + 2; ++e) {
-        acc[0][n][e] = multiply_fraction(acc[0][n][e], fraction);
+        asm("mad.hi.u32 %0, %0, %1, %2;" : "+r"(acc[0][n][e]) : "r"(fraction), "r"(lost));
       }
     }
   }
@@ -75,22 +75,23 @@ class CarriedSums {
     if (tile < next_) return;
     next_ = tile + kMostTiles;
     for_all([&](int n, int e) {
-      sums_[4 * n + e] = (any_ ? sums_[4 * n + e] : 0.0f) + static_cast<float>(acc[0][n][e]);
-      acc[0][n][e] = 0;
+      sums_[4 * n + e] = (any_ ? sums_[4 * n + e] : 0.0f) + sum(acc[0][n][e]);
     });
+    clear(acc);
     any_ = true;
   }
   // All sums, as floats in the same registers.
   __device__ void finish(int32_t (&acc)[1][kTiles][4]) const {
-    for_all([&](int n, int e) {
-      const float sum = static_cast<float>(acc[0][n][e]);
-      set(acc[0][n][e], any_ ? sum + sums_[4 * n + e] : sum);
-    });
+    for_all([&](int n, int e) { set(acc[0][n][e], sum(acc[0][n][e])); });
+    if (!any_) return;
+    for_all([&](int n, int e) { set(acc[0][n][e], get(acc[0][n][e]) + sums_[4 * n + e]); });
   }
 
  private:
   // Of 2^16 keys, whose products add up to 128 * 128 * 2^16 < 2^31.
   static constexpr int kMostTiles = (1 << 16) / kKeys;
+
+  __device__ static float sum(int32_t counted) { return static_cast<float>(counted ^ kNoSum); }
 
   template <class Visit>
   __device__ static void for_all(const Visit& visit) {

@@ -19,13 +19,19 @@ __device__ __forceinline__ float get(int32_t score) { return __int_as_float(scor
 __device__ __forceinline__ void set(float& score, float x) { score = x; }
 __device__ __forceinline__ void set(int32_t& score, float x) { score = __float_as_int(x); }
 
-// Sums of int8 products start from the bits of kMagic, so that they are floats when they end, where
-// they stay below 2^22; those of longer rows reach 2^23 and are converted.
+// Sums of int8 products start from the bits of kZero, so that they are floats when they end, where
+// they stay below 2^22; those of longer rows reach 2^23 and are converted. Neighbouring floats are
+// 1 apart there as at kMagic (quant.cuh). Up to head_dim 128 sums stay below 2^21 and may start
+// lower: see int8_softmax.cuh.
 template <class T>
 constexpr bool kMagicSums = quant::Of<typename T::Element>::kIsInteger && T::kHeadDim <= 256;
+template <class T>
+constexpr int kBelowMagic = T::kHeadDim <= 128 ? 1 << 21 : 0;
+template <class T>
+constexpr int32_t kZeroBits = kMagicBits - kBelowMagic<T>;
 // The score of a sum of zero.
 template <class T>
-constexpr float kZero = kMagicSums<T> ? kMagic : 0.0f;
+constexpr float kZero = kMagicSums<T> ? kMagic - kBelowMagic<T> : 0.0f;
 
 // The consumer warp's first row in the block, and its first channel of O.
 __device__ __forceinline__ int first_row() {
