@@ -71,6 +71,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the cells as JSON")
     parser.add_argument("--again", action="store_true", help="only cells of --out with pfa behind")
     arguments = parser.parse_args()
+    if not set(arguments.dtypes.split(",")) <= set(DTYPES):
+        parser.error(f"--dtypes must be some of {','.join(DTYPES)}, got {arguments.dtypes}")
     if arguments.again and not arguments.out:
         parser.error("--again needs --out, the JSON of an earlier run")
     return arguments

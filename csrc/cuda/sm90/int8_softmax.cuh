@@ -116,9 +116,9 @@ class IntegerSoftmax : public Softmax<1> {
   // twice as large; by 3/2 and 3/4 where sums start from kMagic. 1/4, or 1/2, is a step; or half.
   static constexpr int kSteps = T::kHeadDim <= 128 ? 4 : 2;
   // Below this the nearest multiple of a step leaves kMostLost at most. Sums that start from 0 need
-  // none: there no offset is beyond 512.
+  // none: there no offset, of which shift_ may be 24, is beyond 512.
   static constexpr float kMostFused =
-      kMagicSums<T> ? kSteps / 16384.0f : 512.0f / (128 * 128 * T::kHeadDim);
+      kMagicSums<T> ? kSteps / 16384.0f : 488.0f / (128 * 128 * T::kHeadDim);
   static constexpr float kLeastFused = 1.0f / 131072;
   static constexpr float kFused = -64.0f;  // fused offsets from kZero are less, and shift_ is more
 
