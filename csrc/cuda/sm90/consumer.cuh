@@ -49,6 +49,7 @@ class Consumer {
         const Work<T>& done = shared_.work(q_.before());
         skip_to(done.range.end);
         store(done);
+        clear();
         enter();
       }
     }

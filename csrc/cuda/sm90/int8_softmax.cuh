@@ -42,8 +42,11 @@ class IntegerSoftmax : public Softmax<1> {
   __device__ void clear() {
     Softmax<1>::clear();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) row_max[0][r] = kNoScore;
-    separate();
+    for (int r = 0; r < 2; ++r) {
+      row_max[0][r] = kNoScore;
+      separate(r);
+    }
+    is_fused_ = !kMagicSums<T> && steps_ != 0.0f;
   }
 
   // Before the products are added.
@@ -123,10 +126,8 @@ class IntegerSoftmax : public Softmax<1> {
   static constexpr float kFused = -64.0f;  // fused offsets from kZero are less, and shift_ is more
 
   [[nodiscard]] __device__ bool folds() const { return shift_ != 0.0f; }
-  [[nodiscard]] __device__ bool is_fused() const {
-    if constexpr (T::kHasBias) return false;
-    return kMagicSums<T> ? offsets_[0] < kFused : steps_ != 0.0f;
-  }
+  [[nodiscard]] __device__ bool is_fused() const { return !T::kHasBias && is_fused_; }
+  [[nodiscard]] __device__ bool fuses(int r) const { return offsets_[r] < kFused; }
 
   [[nodiscard]] __device__ float base(int r) const {
     return T::kHasBias && row_max[0][r] == -kInfinity ? 0.0f : row_max[0][r];
@@ -140,7 +141,9 @@ class IntegerSoftmax : public Softmax<1> {
     steps_ = doubles ? -2.0f * kSteps / ulp : kSteps / ulp;
   }
 
-  // For new maxima. All rows of a warp are fused, or none is.
+  // For new maxima. A row is fused or not whatever its neighbours are, and has the same P in either
+  // form of the loop; the one that subtracts nothing is for warps whose rows all are, or have no
+  // score.
   __device__ void fuse() {
     if (T::kHasBias || steps_ == 0.0f) return;
     if constexpr (kMagicSums<T>) {
@@ -154,20 +157,18 @@ class IntegerSoftmax : public Softmax<1> {
         const unsigned nearest = __float_as_uint(fmaf(left, fabsf(steps_), kMagic));
         units_[r] = __uint_as_float(__float_as_uint(unit_) + nearest * ulps % steps);
         offsets_[r] = fmaf(-base(r), units_[r], shift_);
-        fits &= offsets_[r] < kFused && fabsf(lost(r, units_[r], offsets_[r])) <= kMostLost;
+        if (fabsf(lost(r, units_[r], offsets_[r])) > kMostLost) separate(r);
+        fits &= fuses(r) || row_max[0][r] == kNoScore;
       }
-      if (__all_sync(0xffffffffu, fits) == 0) separate();
+      is_fused_ = __all_sync(0xffffffffu, fits) != 0;
     } else {
 #pragma unroll
       for (int r = 0; r < 2; ++r) offsets_[r] = fmaf(-base(r), unit_, shift_);
     }
   }
-  __device__ void separate() {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      units_[r] = unit_;
-      offsets_[r] = shift_;
-    }
+  __device__ void separate(int r) {
+    units_[r] = unit_;
+    offsets_[r] = shift_;
   }
   // What the rounding of an offset took from it.
   [[nodiscard]] __device__ float lost(int r, float unit, float offset) const {
@@ -178,7 +179,7 @@ class IntegerSoftmax : public Softmax<1> {
   __device__ void exponentiate(Scores<T>& s) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float subtracted = base(r);
+      const float subtracted = kMagicSums<T> && !T::kHasBias && fuses(r) ? 0.0f : base(r);
       float sums[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int n = kFirst; n < kFirst + kTilesS / 2; ++n) {
@@ -251,6 +252,7 @@ class IntegerSoftmax : public Softmax<1> {
   float unit_, shift_;
   float steps_ = 0.0f;  // in a power of two, negative where ulps are twice as large; 0: none
   float units_[2], offsets_[2];
+  bool is_fused_ = false;
 };
 
 }  // namespace pfa::cuda::sm90
