@@ -12,6 +12,7 @@ is passed. The JSON says how busy the machine was with other things.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -189,13 +190,13 @@ def main() -> None:
             "cells": list(cells_of(arguments)),
         }
         again = result["cells"]
-    for dtype in DTYPES:
+    for dtype, cells in itertools.groupby(again, key=lambda cell: cell["dtype"]):
         model = load(DTYPES[dtype], result["layers"])
-        for cell in [cell for cell in again if cell["dtype"] == dtype]:
+        for cell in cells:
             inputs = make_batch(cell["batch"], cell["length"], cell["padding"] == "padded")
             cell.update(measure(model, inputs, arguments.seconds))
             if arguments.out:
-                measured = [cell for cell in result["cells"] if "ratio" in cell]
+                measured = [known for known in result["cells"] if "ratio" in known]
                 arguments.out.write_text(json.dumps(result | {"cells": measured}, indent=1))
     print_cells(console, result["cells"])
     for name, what in (("ratio", "the model"), ("attention_ratio", "its attention")):

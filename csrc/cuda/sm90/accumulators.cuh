@@ -11,7 +11,7 @@ __device__ __forceinline__ void clear(float (&acc)[1][kTiles][4]) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) acc[0][n][e] = 0;
+    for (int e = 0; e < 4; ++e) acc[0][n][e] = 0.0f;
   }
 }
 

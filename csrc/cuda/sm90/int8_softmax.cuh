@@ -7,7 +7,7 @@
 //
 // An exponent is (score - maximum) * unit + shift. Fused, one multiplication and addition computes
 // score * unit + offset, where offset = shift - maximum * unit has to be rounded, at a magnitude of
-// hundreds: that alone would multiply all P of a row by up to 1 + 2^-15, which shows. So a row gets
+// hundreds: that alone would multiply all P of a row by up to 1 + 4e-5, which shows. So a row gets
 // the unit, of those a few ulps above the real one, whose offset happens to be nearly a float.
 #pragma once
 

@@ -9,7 +9,8 @@
 
 namespace pfa::cuda::sm90 {
 
-// They are counted from 2^31, so that they are positive as unsigned integers.
+// They are counted from 2^31, so that they are positive as unsigned integers. No sum has the bits
+// of a zero of float: a block without a tile is stored as it is.
 constexpr int32_t kNoSum = INT32_MIN;
 
 template <int kTiles>
