@@ -48,8 +48,7 @@ class Consumer {
         leave_q();
         const Work<T>& done = shared_.work(q_.before());
         skip_to(done.range.end);
-        store(done);
-        clear();
+        hand_over(store, done);
         enter();
       }
     }
@@ -71,10 +70,16 @@ class Consumer {
   using Probabilities = uint32_t[T::kSteps][4];
   using Carried = std::conditional_t<kIsInteger, CarriedSums<kTilesO, T::kBlockN>, NoCarriedSums>;
 
-  // For the next block.
   __device__ void clear() {
     softmax.clear();
     sm90::clear(acc_o);
+  }
+
+  // The sums of a block, of which storing leaves nothing for the next one to go on with.
+  template <class Store>
+  __device__ void hand_over(const Store& store, const Work<T>& work) {
+    store(work);
+    clear();
   }
 
   // Tiles that a row of this warpgroup may see.
@@ -159,8 +164,7 @@ class Consumer {
         finish_values(v);
         if (skips) skip_to(shared_.work(done).range.end);
         carried.finish(acc_o);
-        store(shared_.work(done));
-        clear();
+        hand_over(store, shared_.work(done));
         if (T::kStagesQ == 1 || skips) enter();
         return;
       }
@@ -170,8 +174,7 @@ class Consumer {
       ptx::wgmma_wait<1>();
       finish_values(v);
       carried.finish(acc_o);
-      store(shared_.work(done));
-      clear();
+      hand_over(store, shared_.work(done));
       ptx::wgmma_wait<0>();
       hold(s[0]);
     }
