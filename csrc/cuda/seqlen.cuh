@@ -89,19 +89,31 @@ struct SequenceOf {
     return s;
   }
 
+  // Keys that some row sees, none when the block has no valid row; and the first keys from which
+  // and up to which every row sees all.
+  [[nodiscard]] __device__ Int keys_begin() const {
+    return clamp<Int>(row_begin + anchor + lo, 0, keys);
+  }
+  [[nodiscard]] __device__ Int keys_end() const {
+    const Int begin = keys_begin();
+    return rows > 0 ? clamp<Int>(row_begin + anchor + rows + hi, begin, keys) : begin;
+  }
+  [[nodiscard]] __device__ Int full_begin() const {
+    return clamp<Int>(row_begin + anchor + rows - 1 + lo, 0, keys);
+  }
+  [[nodiscard]] __device__ Int full_end() const {
+    return clamp<Int>(row_begin + anchor + hi + 1, 0, keys);
+  }
+
   // The split's share of the tiles; empty when the block has no valid row.
   template <int kBlockN>
   __device__ TileRange tiles(int split = 0, int num_splits = 1) const {
-    const Int first_row = row_begin + anchor, last_row = first_row + rows - 1;
-    const Int begin = clamp<Int>(first_row + lo, 0, keys);
-    const Int end = rows > 0 ? clamp<Int>(last_row + hi + 1, begin, keys) : begin;
-    const Int full_begin = clamp<Int>(last_row + lo, 0, keys);
-    const Int full_end = clamp<Int>(first_row + hi + 1, 0, keys);
+    const Int begin = keys_begin(), end = keys_end();
     TileRange range{};
     range.begin = static_cast<int>(begin / kBlockN);
     range.end = end > begin ? static_cast<int>((end + kBlockN - 1) / kBlockN) : range.begin;
-    range.full_begin = static_cast<int>((full_begin + kBlockN - 1) / kBlockN);
-    range.full_end = static_cast<int>(full_end / kBlockN);
+    range.full_begin = static_cast<int>((full_begin() + kBlockN - 1) / kBlockN);
+    range.full_end = static_cast<int>(full_end() / kBlockN);
     if (num_splits == 1) return range;
     const auto tiles = static_cast<unsigned>(range.end - range.begin);
     const auto splits = static_cast<unsigned>(num_splits);

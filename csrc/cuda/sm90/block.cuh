@@ -77,13 +77,18 @@ struct Visit {
   [[nodiscard]] __device__ bool has_bits() const { return (word & 1) != 0; }
 };
 
+// Tiles that a warpgroup's rows see. What is to be done to the scores of some tiles alone is done to
+// those that are not full; where it concerns all tiles, none is.
+struct OwnRange : TileRange {
+  int narrow;           // the last tile, if the rows see its first kNarrowN keys at most, or -1
+  bool narrow_is_full;  // of those
+};
+
 // One block of work. The producer writes it to shared memory, where consumers read what they need
 // when they need it: it would occupy a dozen registers of theirs.
 template <class T>
 struct Work {
-  // Of the rows of each warpgroup. Whatever is to be done to the scores of some tiles alone is done
-  // to those that are not full; where it concerns all tiles, none is.
-  TileRange own[T::kConsumers];
+  OwnRange own[T::kConsumers];  // of each warpgroup
   TileRange range;
   Sequence sequence;
   int iteration;  // of this block of threads; kNone: no work is left

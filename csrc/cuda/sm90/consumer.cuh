@@ -67,7 +67,6 @@ class Consumer {
  private:
   using Bits = typename ScoreStep<T>::Bits;
   using Operand = Descriptor<T::kBoxRowBytes>;
-  using Probabilities = uint32_t[T::kSteps][4];
   using Carried = std::conditional_t<kIsInteger, CarriedSums<kTilesO, T::kBlockN>, NoCarriedSums>;
 
   __device__ void clear() {
@@ -83,7 +82,7 @@ class Consumer {
   }
 
   // Tiles that a row of this warpgroup may see.
-  [[nodiscard]] __device__ TileRange own() const { return shared_.work(q_).own[warpgroup()]; }
+  [[nodiscard]] __device__ const OwnRange& own() const { return shared_.work(q_).own[warpgroup()]; }
 
   // The tile that is being computed on.
   [[nodiscard]] __device__ int n() const {
@@ -93,11 +92,14 @@ class Consumer {
   // Is it, at or behind the first one of them, one of them? Most tiles are full, and those ask
   // nothing else.
   [[nodiscard]] __device__ bool has_tile() {
-    const TileRange range = own();
+    const OwnRange& range = own();
     if (n() >= range.full_begin) full_end_ = range.full_end;
     return n() < range.end;
   }
   [[nodiscard]] __device__ bool is_full() const { return n() < full_end_; }
+  [[nodiscard]] __device__ bool is_narrow() const {
+    return T::kNarrowN < T::kBlockN && n() == own().narrow;
+  }
 
   [[nodiscard]] __device__ bool is_over() const {
     return shared_.work(q_).iteration == Work<T>::kNone;
@@ -139,13 +141,13 @@ class Consumer {
   template <class Store>
   __device__ void run_chain(const Store& store, Carried& carried) {
     Scores<T> s;
-    Probabilities p;
+    Probabilities<T> p;
     wait_for_keys();
     start_scores(s);
     ptx::wgmma_wait<0>();
     hold(s[0]);
     for (;;) {
-      multiply(s, p, carried);
+      const bool is_narrow = multiply(s, p, carried);
       const Turn<T::kStagesQ> done = q_.before();
       const bool skips = n() < shared_.work(done).range.end;
       bool goes_on = false;
@@ -158,7 +160,7 @@ class Consumer {
       wait_for_values(v);
       wait_for_turn();
       if (!goes_on) {
-        start_values(v, p);
+        start_last_values(v, p, is_narrow);
         pass_turn();
         ptx::wgmma_wait<0>();
         finish_values(v);
@@ -168,7 +170,7 @@ class Consumer {
         if (T::kStagesQ == 1 || skips) enter();
         return;
       }
-      start_values(v, p);
+      start_last_values(v, p, is_narrow);
       start_scores(s);
       pass_turn();
       ptx::wgmma_wait<1>();
@@ -180,42 +182,61 @@ class Consumer {
     }
   }
 
-  // The tiles from this one on but for the last P V. s has the sums of the first one.
-  __device__ void multiply(Scores<T>& s, Probabilities& p, Carried& carried) {
+  // The tiles from this one on but for the last P V, of which it returns whether it is of a narrow
+  // tile. s has the sums of the first one.
+  __device__ bool multiply(Scores<T>& s, Probabilities<T>& p, Carried& carried) {
     Bits bits;
     float alpha[1][2];
     carried.begin(n());
-    bool has_bits = load_bits(bits);
+    const bool has_bits = load_bits(bits);
     finish_scores(s, has_bits, bits);
     exponentiate(s, alpha);
     pack(s, p);
+    bool narrow_ends = false;
     for (;;) {
       advance();
-      if (!is_full() && !has_tile()) break;
-      has_bits = load_bits(bits);
-      wait_for_keys();
-      wait_for_turn();
-      start_scores(s);
-      const Turn<T::kStages> v = k_.before();
-      wait_for_values(v);
-      start_values(v, p);
-      if (!T::kEndsTurnLate) pass_turn();
-      ptx::wgmma_wait<1>();
-      if (T::kEndsTurnLate) pass_turn();
-      hold(s[0]);
-      finish_scores(s, has_bits, bits);
-      const int changed = exponentiate(s, alpha);
-      hold(s[0]);
-      ptx::wgmma_wait<0>();
-      finish_values(v);
-      if (changed != 0) {
-        rescale(acc_o, alpha);
-        carried.rescale(alpha);
+      if (!is_full()) {
+        if (!has_tile()) break;
+        narrow_ends = is_narrow();
+        if (narrow_ends) break;
       }
-      carried.take(acc_o, n());
-      pack(s, p);
+      follow(s, p, carried);
+    }
+    if (narrow_ends) {
+      follow(narrow<T>(s), p, carried);
+      advance();
     }
     leave_q();
+    return narrow_ends;
+  }
+
+  // A tile after the first one: its scores beside P V of the one before, and their softmax.
+  template <int kTiles>
+  __device__ void follow(Scores<T, kTiles>& s, Probabilities<T>& p, Carried& carried) {
+    Bits bits;
+    float alpha[1][2];
+    const bool has_bits = load_bits(bits);
+    wait_for_keys();
+    wait_for_turn();
+    start_scores(s);
+    const Turn<T::kStages> v = k_.before();
+    wait_for_values(v);
+    start_values(v, p);
+    if (!T::kEndsTurnLate) pass_turn();
+    ptx::wgmma_wait<1>();
+    if (T::kEndsTurnLate) pass_turn();
+    hold(s[0]);
+    finish_scores(s, has_bits, bits);
+    const int changed = exponentiate(s, alpha);
+    hold(s[0]);
+    ptx::wgmma_wait<0>();
+    finish_values(v);
+    if (changed != 0) {
+      rescale(acc_o, alpha);
+      carried.rescale(alpha);
+    }
+    carried.take(acc_o, n());
+    pack(s, p);
   }
 
   [[nodiscard]] __device__ static int warpgroup() {
@@ -248,7 +269,8 @@ class Consumer {
 
   [[nodiscard]] __device__ bool is_careful() const { return shared_.work(q_).careful; }
 
-  __device__ int exponentiate(Scores<T>& s, float (&alpha)[1][2]) {
+  template <int kTiles>
+  __device__ int exponentiate(Scores<T, kTiles>& s, float (&alpha)[1][2]) {
     if constexpr (kIsInteger) {
       return softmax.step(s, alpha);
     } else {
@@ -257,7 +279,8 @@ class Consumer {
     }
   }
 
-  __device__ void pack(Scores<T>& s, Probabilities& p) {
+  template <int kTiles>
+  __device__ void pack(Scores<T, kTiles>& s, Probabilities<T>& p) {
     if constexpr (kIsInteger) {
       softmax.pack(s, p);
     } else {
@@ -277,7 +300,8 @@ class Consumer {
   }
 
   // Q K^T of the tile that k_ points to.
-  __device__ void start_scores(Scores<T>& s) const {
+  template <int kTiles>
+  __device__ void start_scores(Scores<T, kTiles>& s) const {
     constexpr int kStepBytes = 32;
     constexpr int kSteps = T::kBoxRowBytes / kStepBytes;  // of a box
     const Operand q{q_low_}, k = Operand::of_chunk(shared_.chunk_k(k_), 16);
@@ -294,34 +318,47 @@ class Consumer {
   }
 
   // From the sums of this tile to its scores; K's buffer is given back.
-  __device__ void finish_scores(Scores<T>& s, bool has_bits, const Bits& bits) {
+  template <int kTiles>
+  __device__ void finish_scores(Scores<T, kTiles>& s, bool has_bits, const Bits& bits) {
     scores_.convert(s);
     if constexpr (T::kHasBias) scores_.add_bias(s, shared_.bias(k_), !kIsInteger && is_careful());
     release(shared_.empty_k(k_));
     k_.advance();
-    if (!is_full()) {
+    if (kTiles < kTilesS ? !own().narrow_is_full : !is_full()) {
       scores_.apply_sign(s);
-      const TileRange range = own();
+      const OwnRange& range = own();
       scores_.mask_band(s, shared_.work(q_).sequence, n(), n() < range.full_begin,
                         n() >= range.full_end);
     }
-    if (has_bits) scores_.mask_bits(s, bits, n());
+    if constexpr (T::kIsDense) {
+      if (has_bits) scores_.mask_bits(s, bits, n());
+    }
   }
 
   __device__ void wait_for_values(Turn<T::kStages> v) const {
     ptx::mbarrier_wait(shared_.full_v(v), v.parity());
   }
 
-  // O += P V.
-  __device__ void start_values(Turn<T::kStages> turn, const Probabilities& p) {
+  // O += P V, of the keys of the first kTiles of P.
+  template <int kTiles = kTilesS>
+  __device__ void start_values(Turn<T::kStages> turn, const Probabilities<T>& p) {
     const auto v = Descriptor<T::kRowBytesV>::of_chunk(shared_.chunk_v(turn), T::kBoxK);
     hold(acc_o[0]);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < T::kSteps; ++step) {
+    for (int step = 0; step < kTiles * 8 / T::kStepKeys; ++step) {
       wgmma_rs<Element>(acc_o[0], p[step], v.at(step * T::kStepBytesV));
     }
     ptx::wgmma_commit();
+  }
+
+  __device__ void start_last_values(Turn<T::kStages> turn, const Probabilities<T>& p,
+                                    bool is_narrow) {
+    if (is_narrow) {
+      start_values<T::kNarrowTiles>(turn, p);
+    } else {
+      start_values(turn, p);
+    }
   }
 
   // After the wait for P V.

@@ -19,13 +19,10 @@ namespace pfa::cuda::sm90 {
 
 template <class T>
 class IntegerSoftmax : public Softmax<1> {
-  static constexpr int kTilesS = T::kTilesS;
   static constexpr int kChains = 4;  // of maxima, which do not wait for each other
   static constexpr bool kComparesFloats = T::kHasBias || !kMagicSums<T>;
 
  public:
-  using Probabilities = uint32_t[T::kSteps][4];
-
   __device__ explicit IntegerSoftmax(const Params& p) : p_(p) {
     // Integers that differ do so by 1: beyond this unit nothing changes but what overflows.
     constexpr float kMostUnit = 64.0f;
@@ -50,9 +47,10 @@ class IntegerSoftmax : public Softmax<1> {
   }
 
   // Before the products are added.
-  __device__ static void begin(Scores<T>& s) {
+  template <int kTiles>
+  __device__ static void begin(Scores<T, kTiles>& s) {
 #pragma unroll
-    for (int n = 0; n < kTilesS; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[0][n][e] = kZeroBits<T>;
     }
@@ -60,7 +58,8 @@ class IntegerSoftmax : public Softmax<1> {
 
   // Takes the maxima of a tile. Returns whether one has changed: alpha is then what the sums so far
   // are worth now. The first half of s becomes p: see pack().
-  __device__ int step(Scores<T>& s, float (&alpha)[1][2]) {
+  template <int kTiles>
+  __device__ int step(Scores<T, kTiles>& s, float (&alpha)[1][2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float before = row_max[0][r];
@@ -82,15 +81,16 @@ class IntegerSoftmax : public Softmax<1> {
   // The second half of s becomes p while the first is packed: exponentials and integers keep
   // different units of the GPU busy. Folded: the exponent counts P in units of float16's smallest
   // subnormal, and the conversion to float16, two at a time, rounds.
-  __device__ void pack(Scores<T>& s, Probabilities& p) {
+  template <int kTiles>
+  __device__ void pack(Scores<T, kTiles>& s, Probabilities<T>& p) {
     if (is_fused()) {
-      exponentiate<true, kTilesS / 2>(s);
+      exponentiate<true, kTiles / 2>(s);
       fold(p, s);
     } else if (folds()) {
-      exponentiate<false, kTilesS / 2>(s);
+      exponentiate<false, kTiles / 2>(s);
       fold(p, s);
     } else {
-      exponentiate<false, kTilesS / 2>(s);
+      exponentiate<false, kTiles / 2>(s);
       round(p, s);
     }
   }
@@ -175,14 +175,15 @@ class IntegerSoftmax : public Softmax<1> {
     return fmaf(-base(r), unit, -offset) + shift_;
   }
 
-  template <bool kIsFused, int kFirst>
-  __device__ void exponentiate(Scores<T>& s) {
+  // Half of a tile.
+  template <bool kIsFused, int kFirst, int kTiles>
+  __device__ void exponentiate(Scores<T, kTiles>& s) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float subtracted = kMagicSums<T> && !T::kHasBias && fuses(r) ? 0.0f : base(r);
       float sums[2] = {0.0f, 0.0f};
 #pragma unroll
-      for (int n = kFirst; n < kFirst + kTilesS / 2; ++n) {
+      for (int n = kFirst; n < kFirst + kTiles / 2; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           Score<T>& score = s[0][n][2 * r + c];
@@ -196,22 +197,25 @@ class IntegerSoftmax : public Softmax<1> {
     }
   }
 
-  __device__ void fold(Probabilities& p, const Scores<T>& s) {
+  template <int kTiles>
+  __device__ void fold(Probabilities<T>& p, const Scores<T, kTiles>& s) {
     pack(p, s, [](float a, float b, float c, float d) {
       return __byte_perm(Float16::pack(a, b), Float16::pack(c, d), 0x6420);
     });
   }
-  __device__ void round(Probabilities& p, const Scores<T>& s) {
+  template <int kTiles>
+  __device__ void round(Probabilities<T>& p, const Scores<T, kTiles>& s) {
     const float scale = read_scale(p_.quant.scale_p);
     pack(p, s, [scale](float a, float b, float c, float d) {
       return quant::pack4<true>(a, b, c, d, scale);
     });
   }
 
-  template <class Pack4>
-  __device__ static void pack(Probabilities& p, const Scores<T>& s, const Pack4& pack4) {
+  template <int kTiles, class Pack4>
+  __device__ static void pack(Probabilities<T>& p, const Scores<T, kTiles>& s,
+                              const Pack4& pack4) {
 #pragma unroll
-    for (int n = 0; n < kTilesS; n += 2) {  // 16 keys
+    for (int n = 0; n < kTiles; n += 2) {  // 16 keys
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const Score<T>*low = &s[0][n][2 * r], *high = &s[0][n + 1][2 * r];
@@ -222,7 +226,8 @@ class IntegerSoftmax : public Softmax<1> {
 
   // The largest score of a row over the quad. Floats that start from kMagic, of which all but -inf
   // are positive, compare as integers do, of which the GPU takes three at a time.
-  __device__ static float tile_max(const Score<T> (&s)[kTilesS][4], int r) {
+  template <int kTiles>
+  __device__ static float tile_max(const Score<T> (&s)[kTiles][4], int r) {
     using Word = std::conditional_t<kComparesFloats, float, int32_t>;
     const auto word = [](int32_t bits) {
       if constexpr (kComparesFloats) {
@@ -233,7 +238,7 @@ class IntegerSoftmax : public Softmax<1> {
     };
     Word x[kChains];
 #pragma unroll
-    for (int n = 0; n < kTilesS; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
       Word& chain = x[n % kChains];
       const Word low = word(s[n][2 * r]), high = word(s[n][2 * r + 1]);
       chain = n < kChains ? larger(low, high) : larger(larger(chain, low), high);

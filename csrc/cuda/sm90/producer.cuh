@@ -96,12 +96,21 @@ class Producer {
     if (warpgroup < T::kConsumers) {
       rows.row_begin += 64 * warpgroup;
       rows.rows = min(max(rows.rows - 64 * warpgroup, 0), 64);
-      TileRange own = rows.template tiles<T::kBlockN>();
-      if (work.careful) own = work.range;
+      OwnRange own{rows.template tiles<T::kBlockN>()};
+      if (work.careful) static_cast<TileRange&>(own) = work.range;
       own.begin = min(max(own.begin, work.range.begin), work.range.end);
       own.end = min(own.end, work.range.end);
       own.full_end = min(own.full_end, own.end);
-      if (work.careful || ScoreStep<T>::moves_sign(a_.params)) own.full_end = 0;
+      own.narrow = -1;
+      if constexpr (T::kNarrowN < T::kBlockN) {
+        const int first = (own.end - 1) * T::kBlockN, end = first + T::kNarrowN;
+        if (rows.keys_end() <= end) own.narrow = own.end - 1;
+        own.narrow_is_full = rows.full_begin() <= first && rows.full_end() >= end;
+      }
+      if (work.careful || ScoreStep<T>::moves_sign(a_.params)) {
+        own.full_end = 0;
+        own.narrow_is_full = false;
+      }
       work.own[warpgroup] = own;
     }
     __syncwarp();

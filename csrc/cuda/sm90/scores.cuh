@@ -11,8 +11,17 @@ namespace pfa::cuda::sm90 {
 // Floats, of int8 by their bits: the registers that integer products end in.
 template <class T>
 using Score = typename T::Element::Sum;
+template <class T, int kTiles = T::kTilesS>
+using Scores = Score<T>[1][kTiles][4];
+// The A operand of P V.
 template <class T>
-using Scores = Score<T>[1][T::kTilesS][4];
+using Probabilities = uint32_t[T::kSteps][4];
+
+// The scores of a tile's first keys.
+template <class T>
+__device__ __forceinline__ Scores<T, T::kNarrowTiles>& narrow(Scores<T>& s) {
+  return reinterpret_cast<Scores<T, T::kNarrowTiles>&>(s);
+}
 
 __device__ __forceinline__ float get(float score) { return score; }
 __device__ __forceinline__ float get(int32_t score) { return __int_as_float(score); }
@@ -45,7 +54,6 @@ __device__ __forceinline__ int first_channel() {
 template <class T>
 class ScoreStep {
   using Element = Half<typename T::Element>;  // of the bias
-  static constexpr int kTilesS = T::kTilesS;
   static constexpr bool kIsInteger = quant::Of<typename T::Element>::kIsInteger;
 
  public:
@@ -66,20 +74,22 @@ class ScoreStep {
   [[nodiscard]] __device__ static bool moves_sign(const Params& p) {
     return !T::kHasBias && real_scale(p) < 0.0f;
   }
-  __device__ void apply_sign(Scores<T>& s) const {
+  template <int kTiles>
+  __device__ void apply_sign(Scores<T, kTiles>& s) const {
     if (!moves_sign(p_)) return;
 #pragma unroll
-    for (int n = 0; n < kTilesS; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) set(s[0][n][e], 2.0f * kZero<T> - get(s[0][n][e]));
     }
   }
 
   // Sums that are no floats yet, all at once: some would be in registers twice.
-  __device__ static void convert(Scores<T>& s) {
+  template <int kTiles>
+  __device__ static void convert(Scores<T, kTiles>& s) {
     if constexpr (kIsInteger && !kMagicSums<T>) {
 #pragma unroll
-      for (int n = 0; n < kTilesS; ++n) {
+      for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) set(s[0][n][e], static_cast<float>(s[0][n][e]));
       }
@@ -94,7 +104,7 @@ class ScoreStep {
     const LaneCursor<kChunks> cursor{
         bias + static_cast<uint32_t>(chunk_offset<kChunks>(first_row() + lane.row, lane.chunk))};
 #pragma unroll
-    for (int n = 0; n < kTilesS; n += 2) {
+    for (int n = 0; n < T::kTilesS; n += 2) {
       uint32_t r[4];  // rows 0..7 and 8..15 of tile n, then of tile n + 1
       const LaneCursor<kChunks> box{cursor.corner + n / kTiles * T::kBoxBias};
       ptx::ldmatrix_x4(r, box.at(0, n % kTiles));
@@ -111,7 +121,8 @@ class ScoreStep {
   }
 
   // Tile n, which the left or the right edge of the band crosses, or both.
-  __device__ void mask_band(Scores<T>& s, const Sequence& sequence, int n, bool left,
+  template <int kTiles>
+  __device__ void mask_band(Scores<T, kTiles>& s, const Sequence& sequence, int n, bool left,
                             bool right) const {
     const int lane = static_cast<int>(recomputed(threadIdx.x) % kWarp);
 #pragma unroll
@@ -122,7 +133,7 @@ class ScoreStep {
       const int last = columns.last - accumulator_column(lane, 0);
       const auto for_all = [&](auto mask) {
 #pragma unroll
-        for (int i = 0; i < kTilesS; ++i) {
+        for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) mask(s[0][i][2 * r + c], 8 * i + c);
         }
@@ -152,7 +163,7 @@ class ScoreStep {
 
   __device__ void mask_bits(Scores<T>& s, const Bits& bits, int n) const {
 #pragma unroll
-    for (int i = 0; i < kTilesS; ++i) {
+    for (int i = 0; i < T::kTilesS; ++i) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const uint32_t bit = 1u << bit_of(i % (kMaskKeys / 8), e);
