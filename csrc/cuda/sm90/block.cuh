@@ -183,7 +183,9 @@ struct Rings : Shared<T> {
  private:
   template <int kFirst, int kBytes, class Turn>
   [[nodiscard]] __device__ uint32_t chunk(Turn turn) const {
-    return this->base / kChunkBytes + kFirst / kChunkBytes + turn.stage() * (kBytes / kChunkBytes);
+    constexpr int kUnit = kChunkBytes * int{Turn::kUnit};
+    static_assert(kBytes % kUnit == 0);
+    return this->base / kChunkBytes + kFirst / kChunkBytes + turn.barrier() * (kBytes / kUnit);
   }
   // An `or` finds the address of a barrier, as the rings lie apart.
   template <int kRing, class Turn>

@@ -243,9 +243,9 @@ class Consumer {
     return static_cast<int>(recomputed(threadIdx.x) / kWarpgroup) - 1;
   }
 
-  // Tells the producer that this warp does not read a buffer any more.
+  // Tells the producer that this warp does not read a buffer any more. Its lanes have all waited
+  // for the products that did.
   __device__ static void release(uint32_t empty) {
-    __syncwarp();
     if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(empty);
   }
 
@@ -295,7 +295,7 @@ class Consumer {
   }
   __device__ void pass_turn() const {
     if constexpr (!T::kTakesTurns) return;
-    const int next = warpgroup() == T::kConsumers - 1 ? 0 : warpgroup() + 1;
+    const int next = T::kConsumers == 2 ? 1 - warpgroup() : (warpgroup() + 1) % T::kConsumers;
     ptx::barrier_arrive(kTurnOfConsumer + next, 2 * kWarpgroup);
   }
 
@@ -321,7 +321,10 @@ class Consumer {
   template <int kTiles>
   __device__ void finish_scores(Scores<T, kTiles>& s, bool has_bits, const Bits& bits) {
     scores_.convert(s);
-    if constexpr (T::kHasBias) scores_.add_bias(s, shared_.bias(k_), !kIsInteger && is_careful());
+    if constexpr (T::kHasBias) {
+      scores_.add_bias(s, shared_.bias(k_), !kIsInteger && is_careful());
+      __syncwarp();
+    }
     release(shared_.empty_k(k_));
     k_.advance();
     if (kTiles < kTilesS ? !own().narrow_is_full : !is_full()) {

@@ -19,21 +19,34 @@ class Epilogue {
                                bool second) {
     const Epilogue epilogue(p, work);
     consumer.softmax.finalise();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (p.split.count > 1) {
-        epilogue.store_split(consumer, r, second);
-      } else if (p.dtype_out == DType::kInt8) {
-        epilogue.store_int8_row(consumer, r, second);
-      } else {
-        epilogue.store_row(consumer, r, second);
-      }
+    if (p.split.count > 1) {
+      for_rows([&](int r) { epilogue.store_split(consumer, r, second); });
+    } else if (p.out.vectorised && p.head_dim == T::kHeadDim) {
+      epilogue.template store_rows<true>(consumer, second);
+    } else {
+      epilogue.template store_rows<false>(consumer, second);
     }
   }
 
  private:
   __device__ Epilogue(const Params& p, const Work<T>& work)
       : p_(p), work_(work), lane_(static_cast<int>(recomputed(threadIdx.x) % kWarp)) {}
+
+  template <class Visit>
+  __device__ static void for_rows(const Visit& visit) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) visit(r);
+  }
+
+  // kIsWhole: nothing is to be asked for a channel or a word.
+  template <bool kIsWhole>
+  __device__ void store_rows(const Consumer& consumer, bool second) const {
+    if (p_.dtype_out == DType::kInt8) {
+      for_rows([&](int r) { store_int8_row<kIsWhole>(consumer, r, second); });
+    } else {
+      for_rows([&](int r) { store_row<kIsWhole>(consumer, r, second); });
+    }
+  }
 
   [[nodiscard]] __device__ int row_of(int r) const {
     return first_row() + accumulator_row(lane_, 2 * r);
@@ -43,8 +56,9 @@ class Epilogue {
   [[nodiscard]] __device__ float unit() const {
     return kIsInteger ? read_scale(p_.quant.descale_o) : 1.0f;
   }
-  [[nodiscard]] __device__ bool has_key(int r, float sum) const {
-    return row_of(r) < work_.sequence.rows && sum != 0.0f;
+  // Of a row without a key, none.
+  [[nodiscard]] __device__ uint32_t kept_bits(int r, float sum) const {
+    return row_of(r) < work_.sequence.rows && sum != 0.0f ? ~0u : 0u;
   }
   [[nodiscard]] __device__ bool is_written(int r, float sum, bool second) const {
     return work_.sequence.row_begin + row_of(r) < p_.seqlen_q && !(second && sum != sum);
@@ -71,9 +85,11 @@ class Epilogue {
 
   // A lane holds 4 bytes of each 8 channels. It swaps with its neighbour: of 16 channels, even
   // lanes then have 8 bytes of the first half and odd ones of the second, a sector for each row.
+  template <bool kIsWhole>
   __device__ void store_row(const Consumer& consumer, int r, bool second) const {
     const float sum = consumer.softmax.row_sum[0][r];
-    const bool exists = has_key(r, sum), writes = is_written(r, sum, second);
+    const bool writes = is_written(r, sum, second);
+    const uint32_t kept = kept_bits(r, sum);
     const float factor = unit() / sum;
     const bool is_odd = lane_ % 2 != 0;
     const int channel = first_channel<T>() + (is_odd ? 8 : 0) + lane_ / 2 % 2 * 4;
@@ -85,19 +101,21 @@ class Epilogue {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const auto* sums = &consumer.acc_o[0][n + i][2 * r];
-        pair[i] = exists ? Element::pack(get(sums[0]) * factor, get(sums[1]) * factor) : 0;
+        pair[i] = Element::pack(get(sums[0]) * factor, get(sums[1]) * factor) & kept;
       }
       const uint2 words = swap(pair[0], pair[1], is_odd, 1);
-      if (writes && 8 * n + channel < p_.head_dim) {
-        store_words<uint16_t>(out + 8 * n * Element::kBytes, words);
+      if (writes && (kIsWhole || 8 * n + channel < p_.head_dim)) {
+        store_words<uint16_t, kIsWhole>(out + 8 * n * Element::kBytes, words);
       }
     }
   }
 
   // A lane holds 2 bytes of each 8 channels: of 32 channels it gets 8 bytes in two swaps.
+  template <bool kIsWhole>
   __device__ void store_int8_row(const Consumer& consumer, int r, bool second) const {
     const float sum = consumer.softmax.row_sum[0][r];
-    const bool exists = has_key(r, sum), writes = is_written(r, sum, second);
+    const bool writes = is_written(r, sum, second);
+    const uint32_t kept = kept_bits(r, sum);
     const float factor = unit() / sum;
     const bool is_odd = lane_ % 2 != 0, is_high = lane_ / 2 % 2 != 0;
     const int channel = first_channel<T>() + (is_high ? 16 : 0) + (is_odd ? 8 : 0);
@@ -111,7 +129,7 @@ class Epilogue {
       for (int i = 0; i < 2; ++i) {
         const uint32_t low = quantised(consumer, n + 2 * i, r, factor, scale);
         const uint32_t high = quantised(consumer, n + 2 * i + 1, r, factor, scale);
-        pairs[i] = exists ? __byte_perm(low, high, 0x5410) : 0;
+        pairs[i] = __byte_perm(low, high, 0x5410) & kept;
       }
       // Lanes 0 1 2 3 hold channels 0 2 4 6 and the next of tiles a b c d. First between lanes 2
       // apart: 0 and 1 keep tiles a b, 2 and 3 get c d.
@@ -122,7 +140,9 @@ class Epilogue {
       // Channels 0 1 4 5 from the even lane, 2 3 6 7 from the odd one.
       const uint2 words =
           make_uint2(__byte_perm(mine.x, mine.y, 0x5410), __byte_perm(mine.x, mine.y, 0x7632));
-      if (writes && 8 * n + channel < p_.head_dim) store_words<uint8_t>(out + 8 * n, words);
+      if (writes && (kIsWhole || 8 * n + channel < p_.head_dim)) {
+        store_words<uint8_t, kIsWhole>(out + 8 * n, words);
+      }
     }
   }
 
@@ -149,9 +169,9 @@ class Epilogue {
   }
 
   // head_dim is a multiple of 8, but the output may start anywhere.
-  template <class Unit>
+  template <class Unit, bool kIsWhole>
   __device__ void store_words(char* to, const uint2& words) const {
-    if (p_.out.vectorised) {
+    if (kIsWhole || p_.out.vectorised) {
       *reinterpret_cast<uint2*>(to) = words;
       return;
     }

@@ -60,16 +60,23 @@ class IntegerSoftmax : public Softmax<1> {
   // are worth now. The first half of s becomes p: see pack().
   template <int kTiles>
   __device__ int step(Scores<T, kTiles>& s, float (&alpha)[1][2]) {
+    float before[2];
+    bool grown = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float before = row_max[0][r];
-      row_max[0][r] = fmaxf(before, tile_max(s[0], r));
-      alpha[0][r] = ptx::exp2_approx((before - base(r)) * unit_);
-      row_sum[0][r] *= alpha[0][r];
+      before[r] = row_max[0][r];
+      row_max[0][r] = fmaxf(before[r], tile_max(s[0], r));
+      grown |= row_max[0][r] != before[r];
     }
-    const bool grown = alpha[0][0] != 1.0f || alpha[0][1] != 1.0f;
     const int changed = __any_sync(0xffffffffu, grown);
-    if (changed != 0) fuse();
+    if (changed != 0) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        alpha[0][r] = ptx::exp2_approx((before[r] - base(r)) * unit_);
+        row_sum[0][r] *= alpha[0][r];
+      }
+      fuse();
+    }
     if (is_fused()) {
       exponentiate<true, 0>(s);
     } else {
@@ -181,7 +188,7 @@ class IntegerSoftmax : public Softmax<1> {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float subtracted = kMagicSums<T> && !T::kHasBias && fuses(r) ? 0.0f : base(r);
-      float sums[2] = {0.0f, 0.0f};
+      float sums[2];
 #pragma unroll
       for (int n = kFirst; n < kFirst + kTiles / 2; ++n) {
 #pragma unroll
@@ -189,7 +196,7 @@ class IntegerSoftmax : public Softmax<1> {
           Score<T>& score = s[0][n][2 * r + c];
           const float x = kIsFused ? get(score) : get(score) - subtracted;
           const float p = ptx::exp2_approx(fmaf(x, units_[r], offsets_[r]));
-          sums[c] += p;
+          sums[c] = n == kFirst ? p : sums[c] + p;
           set(score, p);
         }
       }
