@@ -80,8 +80,11 @@ struct Visit {
 // Tiles that a warpgroup's rows see. What is to be done to the scores of some tiles alone is done to
 // those that are not full; where it concerns all tiles, none is.
 struct OwnRange : TileRange {
-  int narrow;           // the last tile, if the rows see its first kNarrowN keys at most, or -1
+  int narrow;           // the last tile, if it is computed as if it had fewer keys, or kNone
+  int narrow_keys;      // so many
   bool narrow_is_full;  // of those
+
+  static constexpr int kNone = -1;
 };
 
 // One block of work. The producer writes it to shared memory, where consumers read what they need

@@ -85,9 +85,9 @@ struct Traits {
   // have theirs at the same time fall into step. Predicted 14 % faster at D128.
   static constexpr bool kEndsTurnLate = kIsInteger;
   static constexpr int kTilesS = kBlockN / 8;   // 8-key accumulators of a warp
-  // A last tile with no more keys than these is computed as if it had no others.
-  static constexpr int kNarrowN = kIsInteger && kBlockN > 128 ? 128 : kBlockN;
-  static constexpr int kNarrowTiles = kNarrowN / 8;
+  // A last tile is computed as if it had 32, 64 or 128 keys where those are enough, up to these.
+  static constexpr bool kNarrows = kIsInteger && !kIsDense && !kHasBias;
+  static constexpr int kMostNarrow = !kNarrows ? 0 : kBlockN > 128 ? 128 : 64;
   static constexpr int kTilesO = kColumns / 8;  // 8-channel accumulators of a warp
 
   // Tiles of q, k and v are boxes of 128 bytes of each row, or 64 where those do not divide it: as

@@ -37,7 +37,7 @@ class Consumer {
 
   // Blocks of work until there is none left; store(work) is called with the sums of each.
   template <class Store>
-  __device__ void run(const Store& store) {
+  __device__ __forceinline__ void run(const Store& store) {
     Carried carried;
     clear();
     for (enter(); !is_over();) {
@@ -97,9 +97,7 @@ class Consumer {
     return n() < range.end;
   }
   [[nodiscard]] __device__ bool is_full() const { return n() < full_end_; }
-  [[nodiscard]] __device__ bool is_narrow() const {
-    return T::kNarrowN < T::kBlockN && n() == own().narrow;
-  }
+  [[nodiscard]] __device__ bool is_narrow() const { return T::kNarrows && n() == own().narrow; }
 
   [[nodiscard]] __device__ bool is_over() const {
     return shared_.work(q_).iteration == Work<T>::kNone;
@@ -139,7 +137,7 @@ class Consumer {
   // begins with such a tile too, it goes on with that one: its first Q K^T is under way while the
   // sums of this one are stored.
   template <class Store>
-  __device__ void run_chain(const Store& store, Carried& carried) {
+  __device__ __forceinline__ void run_chain(const Store& store, Carried& carried) {
     Scores<T> s;
     Probabilities<T> p;
     wait_for_keys();
@@ -147,7 +145,7 @@ class Consumer {
     ptx::wgmma_wait<0>();
     hold(s[0]);
     for (;;) {
-      const bool is_narrow = multiply(s, p, carried);
+      const int last_keys = multiply(s, p, carried);
       const Turn<T::kStagesQ> done = q_.before();
       const bool skips = n() < shared_.work(done).range.end;
       bool goes_on = false;
@@ -160,7 +158,7 @@ class Consumer {
       wait_for_values(v);
       wait_for_turn();
       if (!goes_on) {
-        start_last_values(v, p, is_narrow);
+        start_last_values(v, p, last_keys);
         pass_turn();
         ptx::wgmma_wait<0>();
         finish_values(v);
@@ -170,7 +168,7 @@ class Consumer {
         if (T::kStagesQ == 1 || skips) enter();
         return;
       }
-      start_last_values(v, p, is_narrow);
+      start_last_values(v, p, last_keys);
       start_scores(s);
       pass_turn();
       ptx::wgmma_wait<1>();
@@ -182,9 +180,9 @@ class Consumer {
     }
   }
 
-  // The tiles from this one on but for the last P V, of which it returns whether it is of a narrow
-  // tile. s has the sums of the first one.
-  __device__ bool multiply(Scores<T>& s, Probabilities<T>& p, Carried& carried) {
+  // The tiles from this one on but for the last P V, whose number of keys it returns. s has the sums
+  // of the first one.
+  __device__ __forceinline__ int multiply(Scores<T>& s, Probabilities<T>& p, Carried& carried) {
     Bits bits;
     float alpha[1][2];
     carried.begin(n());
@@ -192,27 +190,38 @@ class Consumer {
     finish_scores(s, has_bits, bits);
     exponentiate(s, alpha);
     pack(s, p);
-    bool narrow_ends = false;
+    int last_keys = T::kBlockN;
     for (;;) {
       advance();
       if (!is_full()) {
         if (!has_tile()) break;
-        narrow_ends = is_narrow();
-        if (narrow_ends) break;
+        if (is_narrow()) {
+          last_keys = own().narrow_keys;
+          break;
+        }
       }
       follow(s, p, carried);
     }
-    if (narrow_ends) {
-      follow(narrow<T>(s), p, carried);
+    if (last_keys < T::kBlockN) {
+      of_keys<32>(last_keys, [&](auto keys) { follow(narrow<T, keys / 8>(s), p, carried); });
       advance();
     }
     leave_q();
-    return narrow_ends;
+    return last_keys;
+  }
+
+  // Calls visit with the number of keys of a narrow tile as a constant.
+  template <int kKeys, class Visit>
+  __device__ __forceinline__ static void of_keys(int keys, const Visit& visit) {
+    if constexpr (kKeys < T::kMostNarrow) {
+      if (keys != kKeys) return of_keys<2 * kKeys>(keys, visit);
+    }
+    if constexpr (T::kNarrows) visit(std::integral_constant<int, kKeys>{});
   }
 
   // A tile after the first one: its scores beside P V of the one before, and their softmax.
   template <int kTiles>
-  __device__ void follow(Scores<T, kTiles>& s, Probabilities<T>& p, Carried& carried) {
+  __device__ __forceinline__ void follow(Scores<T, kTiles>& s, Probabilities<T>& p, Carried& carried) {
     Bits bits;
     float alpha[1][2];
     const bool has_bits = load_bits(bits);
@@ -254,7 +263,7 @@ class Consumer {
     q_.advance();
   }
 
-  __device__ bool load_bits(Bits& bits) const {
+  __device__ __forceinline__ bool load_bits(Bits& bits) const {
     const bool has_bits = T::kIsDense && tile_.has_bits();
     if (has_bits) scores_.load_bits(bits, shared_.work(q_), n());
     return has_bits;
@@ -270,7 +279,7 @@ class Consumer {
   [[nodiscard]] __device__ bool is_careful() const { return shared_.work(q_).careful; }
 
   template <int kTiles>
-  __device__ int exponentiate(Scores<T, kTiles>& s, float (&alpha)[1][2]) {
+  __device__ __forceinline__ int exponentiate(Scores<T, kTiles>& s, float (&alpha)[1][2]) {
     if constexpr (kIsInteger) {
       return softmax.step(s, alpha);
     } else {
@@ -280,7 +289,7 @@ class Consumer {
   }
 
   template <int kTiles>
-  __device__ void pack(Scores<T, kTiles>& s, Probabilities<T>& p) {
+  __device__ __forceinline__ void pack(Scores<T, kTiles>& s, Probabilities<T>& p) {
     if constexpr (kIsInteger) {
       softmax.pack(s, p);
     } else {
@@ -301,7 +310,7 @@ class Consumer {
 
   // Q K^T of the tile that k_ points to.
   template <int kTiles>
-  __device__ void start_scores(Scores<T, kTiles>& s) const {
+  __device__ __forceinline__ void start_scores(Scores<T, kTiles>& s) const {
     constexpr int kStepBytes = 32;
     constexpr int kSteps = T::kBoxRowBytes / kStepBytes;  // of a box
     const Operand q{q_low_}, k = Operand::of_chunk(shared_.chunk_k(k_), 16);
@@ -319,7 +328,7 @@ class Consumer {
 
   // From the sums of this tile to its scores; K's buffer is given back.
   template <int kTiles>
-  __device__ void finish_scores(Scores<T, kTiles>& s, bool has_bits, const Bits& bits) {
+  __device__ __forceinline__ void finish_scores(Scores<T, kTiles>& s, bool has_bits, const Bits& bits) {
     scores_.convert(s);
     if constexpr (T::kHasBias) {
       scores_.add_bias(s, shared_.bias(k_), !kIsInteger && is_careful());
@@ -342,23 +351,23 @@ class Consumer {
     ptx::mbarrier_wait(shared_.full_v(v), v.parity());
   }
 
-  // O += P V, of the keys of the first kTiles of P.
-  template <int kTiles = kTilesS>
-  __device__ void start_values(Turn<T::kStages> turn, const Probabilities<T>& p) {
+  // O += P V, of the first keys.
+  template <int kKeys = T::kBlockN>
+  __device__ __forceinline__ void start_values(Turn<T::kStages> turn, const Probabilities<T>& p) {
     const auto v = Descriptor<T::kRowBytesV>::of_chunk(shared_.chunk_v(turn), T::kBoxK);
     hold(acc_o[0]);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kTiles * 8 / T::kStepKeys; ++step) {
+    for (int step = 0; step < kKeys / T::kStepKeys; ++step) {
       wgmma_rs<Element>(acc_o[0], p[step], v.at(step * T::kStepBytesV));
     }
     ptx::wgmma_commit();
   }
 
-  __device__ void start_last_values(Turn<T::kStages> turn, const Probabilities<T>& p,
-                                    bool is_narrow) {
-    if (is_narrow) {
-      start_values<T::kNarrowTiles>(turn, p);
+  __device__ __forceinline__ void start_last_values(Turn<T::kStages> turn, const Probabilities<T>& p,
+                                    int keys) {
+    if (keys < T::kBlockN) {
+      of_keys<32>(keys, [&](auto narrow) { start_values<narrow>(turn, p); });
     } else {
       start_values(turn, p);
     }

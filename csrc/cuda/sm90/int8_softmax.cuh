@@ -48,7 +48,7 @@ class IntegerSoftmax : public Softmax<1> {
 
   // Before the products are added.
   template <int kTiles>
-  __device__ static void begin(Scores<T, kTiles>& s) {
+  __device__ __forceinline__ static void begin(Scores<T, kTiles>& s) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -59,7 +59,7 @@ class IntegerSoftmax : public Softmax<1> {
   // Takes the maxima of a tile. Returns whether one has changed: alpha is then what the sums so far
   // are worth now. The first half of s becomes p: see pack().
   template <int kTiles>
-  __device__ int step(Scores<T, kTiles>& s, float (&alpha)[1][2]) {
+  __device__ __forceinline__ int step(Scores<T, kTiles>& s, float (&alpha)[1][2]) {
     float before[2];
     bool grown = false;
 #pragma unroll
@@ -89,7 +89,7 @@ class IntegerSoftmax : public Softmax<1> {
   // different units of the GPU busy. Folded: the exponent counts P in units of float16's smallest
   // subnormal, and the conversion to float16, two at a time, rounds.
   template <int kTiles>
-  __device__ void pack(Scores<T, kTiles>& s, Probabilities<T>& p) {
+  __device__ __forceinline__ void pack(Scores<T, kTiles>& s, Probabilities<T>& p) {
     if (is_fused()) {
       exponentiate<true, kTiles / 2>(s);
       fold(p, s);
@@ -184,7 +184,7 @@ class IntegerSoftmax : public Softmax<1> {
 
   // Half of a tile.
   template <bool kIsFused, int kFirst, int kTiles>
-  __device__ void exponentiate(Scores<T, kTiles>& s) {
+  __device__ __forceinline__ void exponentiate(Scores<T, kTiles>& s) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float subtracted = kMagicSums<T> && !T::kHasBias && fuses(r) ? 0.0f : base(r);
@@ -205,13 +205,13 @@ class IntegerSoftmax : public Softmax<1> {
   }
 
   template <int kTiles>
-  __device__ void fold(Probabilities<T>& p, const Scores<T, kTiles>& s) {
+  __device__ __forceinline__ void fold(Probabilities<T>& p, const Scores<T, kTiles>& s) {
     pack(p, s, [](float a, float b, float c, float d) {
       return __byte_perm(Float16::pack(a, b), Float16::pack(c, d), 0x6420);
     });
   }
   template <int kTiles>
-  __device__ void round(Probabilities<T>& p, const Scores<T, kTiles>& s) {
+  __device__ __forceinline__ void round(Probabilities<T>& p, const Scores<T, kTiles>& s) {
     const float scale = read_scale(p_.quant.scale_p);
     pack(p, s, [scale](float a, float b, float c, float d) {
       return quant::pack4<true>(a, b, c, d, scale);
@@ -219,7 +219,7 @@ class IntegerSoftmax : public Softmax<1> {
   }
 
   template <int kTiles, class Pack4>
-  __device__ static void pack(Probabilities<T>& p, const Scores<T, kTiles>& s,
+  __device__ __forceinline__ static void pack(Probabilities<T>& p, const Scores<T, kTiles>& s,
                               const Pack4& pack4) {
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {  // 16 keys
@@ -234,7 +234,7 @@ class IntegerSoftmax : public Softmax<1> {
   // The largest score of a row over the quad. Floats that start from kMagic, of which all but -inf
   // are positive, compare as integers do, of which the GPU takes three at a time.
   template <int kTiles>
-  __device__ static float tile_max(const Score<T> (&s)[kTiles][4], int r) {
+  __device__ __forceinline__ static float tile_max(const Score<T> (&s)[kTiles][4], int r) {
     using Word = std::conditional_t<kComparesFloats, float, int32_t>;
     const auto word = [](int32_t bits) {
       if constexpr (kComparesFloats) {

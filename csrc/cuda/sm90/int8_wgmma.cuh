@@ -43,6 +43,7 @@ __device__ void wgmma_rs(int32_t (&c)[kTiles][4], const uint32_t (&a)[4], uint64
   PFA_WGMMA_SS(kN, kPairs, i0, i1, i2)            \
   PFA_WGMMA_RS(kN, kPairs, i0, i1, i2, i3, i4)
 
+PFA_WGMMA(32, 2, 16, 17, 18, 19, 20)
 PFA_WGMMA(64, 4, 32, 33, 34, 35, 36)
 PFA_WGMMA(96, 6, 48, 49, 50, 51, 52)
 PFA_WGMMA(128, 8, 64, 65, 66, 67, 68)

@@ -101,11 +101,13 @@ class Producer {
       own.begin = min(max(own.begin, work.range.begin), work.range.end);
       own.end = min(own.end, work.range.end);
       own.full_end = min(own.full_end, own.end);
-      own.narrow = -1;
-      if constexpr (T::kNarrowN < T::kBlockN) {
-        const int first = (own.end - 1) * T::kBlockN, end = first + T::kNarrowN;
-        if (rows.keys_end() <= end) own.narrow = own.end - 1;
-        own.narrow_is_full = rows.full_begin() <= first && rows.full_end() >= end;
+      own.narrow = OwnRange::kNone;
+      if constexpr (T::kNarrows) {
+        const int first = (own.end - 1) * T::kBlockN, keys = rows.keys_end() - first;
+        if (keys <= T::kMostNarrow) own.narrow = own.end - 1;
+        own.narrow_keys = keys > 64 ? 128 : keys > 32 ? 64 : 32;
+        own.narrow_is_full =
+            rows.full_begin() <= first && rows.full_end() >= first + own.narrow_keys;
       }
       if (work.careful || ScoreStep<T>::moves_sign(a_.params)) {
         own.full_end = 0;

@@ -18,9 +18,9 @@ template <class T>
 using Probabilities = uint32_t[T::kSteps][4];
 
 // The scores of a tile's first keys.
-template <class T>
-__device__ __forceinline__ Scores<T, T::kNarrowTiles>& narrow(Scores<T>& s) {
-  return reinterpret_cast<Scores<T, T::kNarrowTiles>&>(s);
+template <class T, int kTiles>
+__device__ __forceinline__ Scores<T, kTiles>& narrow(Scores<T>& s) {
+  return reinterpret_cast<Scores<T, kTiles>&>(s);
 }
 
 __device__ __forceinline__ float get(float score) { return score; }
@@ -75,7 +75,7 @@ class ScoreStep {
     return !T::kHasBias && real_scale(p) < 0.0f;
   }
   template <int kTiles>
-  __device__ void apply_sign(Scores<T, kTiles>& s) const {
+  __device__ __forceinline__ void apply_sign(Scores<T, kTiles>& s) const {
     if (!moves_sign(p_)) return;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -86,7 +86,7 @@ class ScoreStep {
 
   // Sums that are no floats yet, all at once: some would be in registers twice.
   template <int kTiles>
-  __device__ static void convert(Scores<T, kTiles>& s) {
+  __device__ __forceinline__ static void convert(Scores<T, kTiles>& s) {
     if constexpr (kIsInteger && !kMagicSums<T>) {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
@@ -122,7 +122,7 @@ class ScoreStep {
 
   // Tile n, which the left or the right edge of the band crosses, or both.
   template <int kTiles>
-  __device__ void mask_band(Scores<T, kTiles>& s, const Sequence& sequence, int n, bool left,
+  __device__ __forceinline__ void mask_band(Scores<T, kTiles>& s, const Sequence& sequence, int n, bool left,
                             bool right) const {
     const int lane = static_cast<int>(recomputed(threadIdx.x) % kWarp);
 #pragma unroll
