@@ -86,7 +86,7 @@ struct Traits {
   static constexpr bool kEndsTurnLate = kIsInteger;
   static constexpr int kTilesS = kBlockN / 8;   // 8-key accumulators of a warp
   // A last tile is computed as if it had 32, 64 or 128 keys where those are enough, up to these.
-  static constexpr bool kNarrows = kIsInteger && !kIsDense && !kHasBias;
+  static constexpr bool kNarrows = kIsInteger && !kIsDense && !kHasBias && kColumns < 256;
   static constexpr int kMostNarrow = !kNarrows ? 0 : kBlockN > 128 ? 128 : 64;
   static constexpr int kTilesO = kColumns / 8;  // 8-channel accumulators of a warp
 
