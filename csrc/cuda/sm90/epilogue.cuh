@@ -30,7 +30,10 @@ class Epilogue {
 
  private:
   __device__ Epilogue(const Params& p, const Work<T>& work)
-      : p_(p), work_(work), lane_(static_cast<int>(recomputed(threadIdx.x) % kWarp)) {}
+      : p_(p),
+        work_(work),
+        lane_(static_cast<int>(recomputed(threadIdx.x) % kWarp)),
+        row_(first_row() + accumulator_row(lane_, 0)) {}
 
   template <class Visit>
   __device__ static void for_rows(const Visit& visit) {
@@ -41,16 +44,19 @@ class Epilogue {
   // kIsWhole: nothing is to be asked for a channel or a word.
   template <bool kIsWhole>
   __device__ void store_rows(const Consumer& consumer, bool second) const {
-    if (p_.dtype_out == DType::kInt8) {
-      for_rows([&](int r) { store_int8_row<kIsWhole>(consumer, r, second); });
-    } else {
-      for_rows([&](int r) { store_row<kIsWhole>(consumer, r, second); });
-    }
+    char* out = p_.out.data + work_.b * p_.out.batch + work_.head * p_.out.head +
+                (work_.sequence.row_begin + row_) * p_.out.row;
+    for_rows([&](int r) {
+      if (p_.dtype_out == DType::kInt8) {
+        store_int8_row<kIsWhole>(consumer, r, second, out);
+      } else {
+        store_row<kIsWhole>(consumer, r, second, out);
+      }
+      out += 8 * p_.out.row;
+    });
   }
 
-  [[nodiscard]] __device__ int row_of(int r) const {
-    return first_row() + accumulator_row(lane_, 2 * r);
-  }
+  [[nodiscard]] __device__ int row_of(int r) const { return row_ + 8 * r; }
 
   // What one unit of the sums is worth.
   [[nodiscard]] __device__ float unit() const {
@@ -61,11 +67,8 @@ class Epilogue {
     return row_of(r) < work_.sequence.rows && sum != 0.0f ? ~0u : 0u;
   }
   [[nodiscard]] __device__ bool is_written(int r, float sum, bool second) const {
-    return work_.sequence.row_begin + row_of(r) < p_.seqlen_q && !(second && sum != sum);
-  }
-  [[nodiscard]] __device__ char* output_row(int r) const {
-    const int64_t row = work_.sequence.row_begin + row_of(r);
-    return p_.out.data + work_.b * p_.out.batch + work_.head * p_.out.head + row * p_.out.row;
+    return work_.sequence.row_begin + row_of(r) < static_cast<int>(p_.seqlen_q) &&
+           !(second && sum != sum);
   }
 
   // Of what two lanes hold of two neighbouring units, even lanes get all of the first and odd lanes
@@ -86,7 +89,7 @@ class Epilogue {
   // A lane holds 4 bytes of each 8 channels. It swaps with its neighbour: of 16 channels, even
   // lanes then have 8 bytes of the first half and odd ones of the second, a sector for each row.
   template <bool kIsWhole>
-  __device__ void store_row(const Consumer& consumer, int r, bool second) const {
+  __device__ void store_row(const Consumer& consumer, int r, bool second, char* out) const {
     const float sum = consumer.softmax.row_sum[0][r];
     const bool writes = is_written(r, sum, second);
     const uint32_t kept = kept_bits(r, sum);
@@ -94,7 +97,7 @@ class Epilogue {
     const bool is_odd = lane_ % 2 != 0;
     const int channel = first_channel<T>() + (is_odd ? 8 : 0) + lane_ / 2 % 2 * 4;
     store_lse(consumer, r, writes);
-    char* out = output_row(r) + channel * Element::kBytes;
+    out += channel * Element::kBytes;
 #pragma unroll
     for (int n = 0; n < T::kTilesO; n += 2) {
       uint32_t pair[2];
@@ -112,7 +115,7 @@ class Epilogue {
 
   // A lane holds 2 bytes of each 8 channels: of 32 channels it gets 8 bytes in two swaps.
   template <bool kIsWhole>
-  __device__ void store_int8_row(const Consumer& consumer, int r, bool second) const {
+  __device__ void store_int8_row(const Consumer& consumer, int r, bool second, char* out) const {
     const float sum = consumer.softmax.row_sum[0][r];
     const bool writes = is_written(r, sum, second);
     const uint32_t kept = kept_bits(r, sum);
@@ -120,7 +123,7 @@ class Epilogue {
     const bool is_odd = lane_ % 2 != 0, is_high = lane_ / 2 % 2 != 0;
     const int channel = first_channel<T>() + (is_high ? 16 : 0) + (is_odd ? 8 : 0);
     store_lse(consumer, r, writes);
-    char* out = output_row(r) + channel;
+    out += channel;
 #pragma unroll
     for (int n = 0; n < T::kTilesO; n += 4) {
       uint32_t pairs[2];  // of channels: tiles n and n + 1, then n + 2 and n + 3
@@ -208,6 +211,7 @@ class Epilogue {
   const Params& p_;
   const Work<T>& work_;
   int lane_;
+  int row_;  // the lane's first of the block
 };
 
 }  // namespace pfa::cuda::sm90
