@@ -5,6 +5,7 @@
 // one runs beside the next softmax: see run().
 #pragma once
 
+#include <climits>
 #include <type_traits>
 
 #include "accumulators.cuh"
@@ -90,10 +91,10 @@ class Consumer {
   }
 
   // Is it, at or behind the first one of them, one of them? Most tiles are full, and those ask
-  // nothing else.
-  [[nodiscard]] __device__ bool has_tile() {
+  // nothing else up to the one where sums are taken next.
+  [[nodiscard]] __device__ bool has_tile(int next = INT_MAX) {
     const OwnRange& range = own();
-    if (n() >= range.full_begin) full_end_ = range.full_end;
+    if (n() >= range.full_begin) full_end_ = min(range.full_end, next);
     return n() < range.end;
   }
   [[nodiscard]] __device__ bool is_full() const { return n() < full_end_; }
@@ -186,6 +187,7 @@ class Consumer {
     Bits bits;
     float alpha[1][2];
     carried.begin(n());
+    full_end_ = min(full_end_, carried.next());
     const bool has_bits = load_bits(bits);
     finish_scores(s, has_bits, bits);
     exponentiate(s, alpha);
@@ -194,7 +196,7 @@ class Consumer {
     for (;;) {
       advance();
       if (!is_full()) {
-        if (!has_tile()) break;
+        if (!has_tile(carried.next())) break;
         if (is_narrow()) {
           last_keys = own().narrow_keys;
           break;
@@ -244,7 +246,7 @@ class Consumer {
       rescale(acc_o, alpha);
       carried.rescale(alpha);
     }
-    carried.take(acc_o, n());
+    if (!is_full()) carried.take(acc_o, n());
     pack(s, p);
   }
 

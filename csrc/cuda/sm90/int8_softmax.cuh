@@ -43,7 +43,7 @@ class IntegerSoftmax : public Softmax<1> {
       row_max[0][r] = kNoScore;
       separate(r);
     }
-    is_fused_ = !kMagicSums<T> && steps_ != 0.0f;
+    is_fused_ = !kMagicSums<T> && steps_ != 0.0f ? 1 : 0;
   }
 
   // Before the products are added.
@@ -133,7 +133,7 @@ class IntegerSoftmax : public Softmax<1> {
   static constexpr float kFused = -64.0f;  // fused offsets from kZero are less, and shift_ is more
 
   [[nodiscard]] __device__ bool folds() const { return shift_ != 0.0f; }
-  [[nodiscard]] __device__ bool is_fused() const { return !T::kHasBias && is_fused_; }
+  [[nodiscard]] __device__ bool is_fused() const { return !T::kHasBias && is_fused_ != 0; }
   [[nodiscard]] __device__ bool fuses(int r) const { return offsets_[r] < kFused; }
 
   [[nodiscard]] __device__ float base(int r) const {
@@ -167,7 +167,7 @@ class IntegerSoftmax : public Softmax<1> {
         if (fabsf(lost(r, units_[r], offsets_[r])) > kMostLost) separate(r);
         fits &= fuses(r) || row_max[0][r] == kNoScore;
       }
-      is_fused_ = __all_sync(0xffffffffu, fits) != 0;
+      is_fused_ = __all_sync(0xffffffffu, fits);
     } else {
 #pragma unroll
       for (int r = 0; r < 2; ++r) offsets_[r] = fmaf(-base(r), unit_, shift_);
@@ -188,7 +188,7 @@ class IntegerSoftmax : public Softmax<1> {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float subtracted = kMagicSums<T> && !T::kHasBias && fuses(r) ? 0.0f : base(r);
-      float sums[2];
+      float sum;
 #pragma unroll
       for (int n = kFirst; n < kFirst + kTiles / 2; ++n) {
 #pragma unroll
@@ -196,11 +196,11 @@ class IntegerSoftmax : public Softmax<1> {
           Score<T>& score = s[0][n][2 * r + c];
           const float x = kIsFused ? get(score) : get(score) - subtracted;
           const float p = ptx::exp2_approx(fmaf(x, units_[r], offsets_[r]));
-          sums[c] = n == kFirst ? p : sums[c] + p;
+          sum = n == kFirst && c == 0 ? p : sum + p;
           set(score, p);
         }
       }
-      row_sum[0][r] += sums[0] + sums[1];
+      row_sum[0][r] += sum;
     }
   }
 
@@ -264,7 +264,7 @@ class IntegerSoftmax : public Softmax<1> {
   float unit_, shift_;
   float steps_ = 0.0f;  // in a power of two, negative where ulps are twice as large; 0: none
   float units_[2], offsets_[2];
-  bool is_fused_ = false;
+  int is_fused_ = 0;  // the warp
 };
 
 }  // namespace pfa::cuda::sm90

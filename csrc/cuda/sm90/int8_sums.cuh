@@ -46,6 +46,7 @@ __device__ __forceinline__ void rescale(int32_t (&acc)[1][kTiles][4], const floa
 struct NoCarriedSums {
   template <class... Any>
   __device__ static void begin(const Any&...) {}
+  [[nodiscard]] __device__ static int next() { return INT_MAX; }
   template <class... Any>
   __device__ static void rescale(const Any&...) {}
   template <class... Any>
@@ -66,6 +67,9 @@ class CarriedSums {
     next_ = tile + kMostTiles;
     any_ = false;
   }
+  // The tile at which there may be something to take().
+  [[nodiscard]] __device__ int next() const { return next_; }
+
   // With the next tile's maxima.
   __device__ void rescale(const float (&alpha)[1][2]) {
     if (!any_) return;
