@@ -197,6 +197,7 @@ class Consumer {
       advance();
       if (!is_full()) {
         if (!has_tile(carried.next())) break;
+        carried.take(acc_o, n());
         if (is_narrow()) {
           last_keys = own().narrow_keys;
           break;
@@ -246,7 +247,6 @@ class Consumer {
       rescale(acc_o, alpha);
       carried.rescale(alpha);
     }
-    if (!is_full()) carried.take(acc_o, n());
     pack(s, p);
   }
 

@@ -75,10 +75,10 @@ class CarriedSums {
     if (!any_) return;
     for_all([&](int n, int e) { sums_[4 * n + e] *= alpha[0][e / 2]; });
   }
-  // Before the products of this tile are added.
+  // Before the products of the tile before this one are added.
   __device__ void take(int32_t (&acc)[1][kTiles][4], int tile) {
     if (tile < next_) return;
-    next_ = tile + kMostTiles;
+    next_ = tile - 1 + kMostTiles;
     for_all([&](int n, int e) {
       sums_[4 * n + e] = (any_ ? sums_[4 * n + e] : 0.0f) + sum(acc[0][n][e]);
     });
