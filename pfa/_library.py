@@ -80,6 +80,8 @@ class Choice(NamedTuple):
     block_m: int  # query rows of a block
     block_n: int  # keys of a tile
     num_splits: int  # pieces that the keys of a block are cut into
+    cut_blocks: int  # of the last blocks alone that are cut, into equal shares of their tiles
+    cut_tiles: int  # such a share: it may begin in one block and end in the next
     why_not_sm90: str  # on a GPU of compute capability 9.0, where sm80 kernels take the call
 
 
@@ -90,5 +92,8 @@ def choice(*args: Any, **options: Any) -> Choice:
     lengths = (options.get(name) for name in ("actual_seq_lengths", "actual_seq_lengths_kv"))
     tensors = any(isinstance(x, torch.Tensor) for x in lengths)
     text = (overloads.tensor_lens if tensors else overloads.default)(*args, **options)
-    backend, kernel, block_m, block_n, splits, why = bytes(text.tolist()).decode().split(";")
-    return Choice(backend, kernel, int(block_m), int(block_n), int(splits), why)
+    backend, kernel, *numbers, why = bytes(text.tolist()).decode().split(";")
+    block_m, block_n, num_splits, cut_blocks, cut_tiles = map(int, numbers)
+    return Choice(
+        backend, kernel, block_m, block_n, num_splits, cut_blocks, cut_tiles, why_not_sm90=why
+    )

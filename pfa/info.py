@@ -98,7 +98,8 @@ def explain(*args: Any, **options: Any) -> dict[str, Any]:
     -------
     dict
         ``backend``, ``kernel``, ``block_m`` (query rows of a block), ``block_n`` (keys of a tile),
-        ``num_splits``, and ``refused``: the reason for every other choice, best first.
+        ``num_splits``, ``cut_blocks`` and ``cut_tiles`` (of the last blocks alone, and in what
+        shares), and ``refused``: the reason for every other choice, best first.
 
     Raises
     ------

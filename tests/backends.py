@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -53,6 +52,21 @@ class Backend:
         return "cpu"
 
 
+def plan_of(choice: Any, call: Call) -> reference.Plan:
+    """What pfa._library.Choice means for the keys of the call."""
+    bias = call.options.get("pse_shift")
+    batch = call.query.shape[0]
+    return reference.Plan(
+        choice.block_m,
+        choice.block_n,
+        choice.num_splits,
+        choice.cut_blocks,
+        choice.cut_tiles,
+        batch_innermost=bias is not None and batch > 1 and bias.shape[0] == 1,
+        whole_sums=choice.kernel.startswith("sm90 int8"),  # int8_sums.cuh
+    )
+
+
 class Simulator(Backend):
     """CPU tensors; PFA_FORCE_BACKEND sends them to the CUDA kernels."""
 
@@ -71,11 +85,7 @@ class Simulator(Backend):
         return self.choice(call).kernel
 
     def plan(self, call: Call) -> reference.Plan:
-        choice = self.choice(call)
-        plan = reference.Plan(choice.block_m, choice.block_n, choice.num_splits)
-        if choice.kernel.startswith("sm90 int8"):  # int8_sums.cuh
-            plan = dataclasses.replace(plan, whole_sums=True)
-        return plan
+        return plan_of(self.choice(call), call)
 
 
 class Gpu(Simulator):

@@ -247,6 +247,11 @@ class Plan:
     block_m: int  # rows that share their tiles
     block_n: int  # keys of a tile; tiles start at multiples of it
     num_splits: int = 1  # runs of tiles that have a running maximum each
+    cut_blocks: int = 0  # of the last blocks alone, whose tiles are dealt out in equal shares
+    cut_tiles: int = 0  # such a share
+    batch_innermost: bool = (
+        False  # blocks are numbered (head, rows, batch), not (batch, head, rows)
+    )
     whole_sums: bool = False  # sums of P V are integers, rounded where a maximum grows
 
 
@@ -260,13 +265,13 @@ def tiled(p: Parts, plan: Plan | None = None, p_error: float = 0.0) -> tuple[Ten
     """
     keys = p.k.shape[2]
     plan = plan or Plan(max(p.q.shape[2], 1), max(keys, 1))
-    cuts = _cuts(p, plan)
+    borders = cuts(p, plan)
     scores = p.scores()
     runs = []
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, last in zip(borders[:-1], borders[1:], strict=True):
         j = torch.arange(keys)
         inside = (first[..., None] <= j) & (j < last[..., None])
-        s = scores.masked_fill(~inside[:, None], -torch.inf)
+        s = scores.masked_fill(~inside, -torch.inf)
         runs.append(_run(p, s, plan, p_error))
     peak = torch.stack([run[0] for run in runs]).amax(0)
     total, o, slack = (torch.zeros((), dtype=torch.float64) for _ in range(3))
@@ -277,11 +282,13 @@ def tiled(p: Parts, plan: Plan | None = None, p_error: float = 0.0) -> tuple[Ten
     return (o / total).expand(p.q.shape), (slack / total).expand(p.q.shape)
 
 
-def _cuts(p: Parts, plan: Plan) -> list[Tensor]:
-    """num_splits + 1 tensors (B, Sq): the keys at which each row's runs begin and end.
+def cuts(p: Parts, plan: Plan) -> list[Tensor]:
+    """Tensors (B, N or 1, Sq): the keys at which each row's runs begin and end.
 
     The tiles that the row's block may see by band and length, cut into nearly equal runs.
     """
+    if plan.cut_blocks:
+        return _cuts_of_last_blocks(p, plan)
     sq = p.q.shape[2]
     lo, hi, bottom_right = p.band
     begin = torch.arange(sq) // plan.block_m * plan.block_m
@@ -297,9 +304,27 @@ def _cuts(p: Parts, plan: Plan) -> list[Tensor]:
         count.append(torch.where(high > low, tiles, 0))
     start, tiles = torch.stack(first), torch.stack(count)
     return [
-        (start + tiles * split // plan.num_splits) * plan.block_n
+        (start + tiles * split // plan.num_splits)[:, None] * plan.block_n
         for split in range(plan.num_splits + 1)
     ]
+
+
+def _cuts_of_last_blocks(p: Parts, plan: Plan) -> list[Tensor]:
+    """All blocks see all keys, and all but the last ones are one run."""
+    batch, heads, sq, _ = p.q.shape
+    tiles, blocks = -(-p.k.shape[2] // plan.block_n), -(-sq // plan.block_m)
+    number = torch.arange(batch * heads * blocks)
+    if plan.batch_innermost:
+        number = number.view(heads, blocks, batch).permute(2, 0, 1)
+    number = number.reshape(batch, heads, blocks)[..., torch.arange(sq) // plan.block_m]
+    cut = number - (batch * heads * blocks - plan.cut_blocks)
+    first = cut * tiles  # tile of the block, counted from the first cut block's on
+    most_runs = -(-(tiles - 1) // plan.cut_tiles) + 1
+    borders = []
+    for run in range(most_runs + 1):
+        end = ((first // plan.cut_tiles + run) * plan.cut_tiles - first).clamp(0, tiles)
+        borders.append(torch.where(cut < 0, tiles * min(run, 1), end) * plan.block_n)
+    return borders
 
 
 def _run(p: Parts, s: Tensor, plan: Plan, p_error: float) -> tuple[Tensor, ...]:

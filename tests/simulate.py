@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import torch
 from backends import simulator_environment
@@ -25,11 +26,16 @@ def simulated_log(cases: list[Case], **settings: str) -> list[str]:
     return _run(cases, settings)[1].splitlines()
 
 
-def _run(cases: list[Case], settings: dict[str, str]) -> tuple[list[torch.Tensor], str]:
+def simulated_choices(cases: list[Case], **settings: str) -> list[Any]:
+    """What these calls take: pfa._library.Choice."""
+    return _run(cases, settings, "choice")[0]
+
+
+def _run(cases: list[Case], settings: dict[str, str], what: str = "output") -> tuple[list, str]:
     with tempfile.TemporaryDirectory() as folder:
         output = pathlib.Path(folder, "outputs.pt")
         done = subprocess.run(
-            [sys.executable, __file__, str(output)],
+            [sys.executable, __file__, str(output), what],
             input=pickle.dumps(cases),
             env=os.environ | simulator_environment(**settings),
             capture_output=True,
@@ -38,16 +44,17 @@ def _run(cases: list[Case], settings: dict[str, str]) -> tuple[list[torch.Tensor
         text = done.stderr.decode()
         assert done.returncode == 0, text[-3000:]
         assert "cudasim" not in text, text[-3000:]
-        return torch.load(output), text
+        return torch.load(output, weights_only=False), text
 
 
 def main() -> None:
-    import pfa  # noqa: F401
+    import pfa
 
     outputs = []
     for case in pickle.load(sys.stdin.buffer):
         call = case.build()
-        outputs.append(torch.ops.pfa.forward(*call.args, **call.options))
+        function = torch.ops.pfa.forward if sys.argv[2] == "output" else pfa._library.choice
+        outputs.append(function(*call.args, **call.options))
     torch.save(outputs, sys.argv[1])
 
 

@@ -265,9 +265,22 @@ def test_splits_follow_the_band():
     q, k = torch.zeros(1, 1, 8, 1), torch.zeros(1, 1, 7, 1)
     call = {"input_layout": "BNSD", "sparse_mode": 4, "pre_tokens": 2, "next_tokens": 0}
     p = reference.parts(q, k, k, actual_seq_lengths=[6], actual_seq_lengths_kv=[6], **call)
-    cuts = torch.stack(reference._cuts(p, Plan(2, 2, 2)))[:, 0, ::2]
+    cuts = torch.stack(reference.cuts(p, Plan(2, 2, 2)))[:, 0, 0, ::2]
     # tiles 0, 0 and 1, 1 and 2, none
     assert cuts.T.tolist() == [[0, 0, 2], [0, 2, 4], [2, 4, 6], [4, 4, 4]]
+
+
+@pytest.mark.parametrize("batch_innermost", [False, True])
+def test_shares_of_the_last_blocks(batch_innermost):
+    """Blocks of 2 rows; of the last two, 5 tiles of 2 keys each, shares of 4 tiles."""
+    q, k = torch.zeros(2, 1, 4, 1), torch.zeros(2, 1, 9, 1)
+    p = reference.parts(q, k, k, input_layout="BNSD", next_tokens=9)
+    plan = Plan(2, 2, cut_blocks=2, cut_tiles=4, batch_innermost=batch_innermost)
+    cuts = torch.stack(reference.cuts(p, plan))[:, :, 0, ::2].permute(1, 2, 0).tolist()
+    whole, first, second = [0, 10, 10], [0, 8, 10], [0, 6, 10]
+    assert cuts == (
+        [[whole, first], [whole, second]] if batch_innermost else [[whole, whole], [first, second]]
+    )
 
 
 def test_splits_are_as_close_to_exact():

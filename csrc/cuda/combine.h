@@ -10,7 +10,7 @@ namespace pfa::cuda {
 
 constexpr int kMaxSplits = 32;
 
-// Enqueues the merge of the splits of every row into params.out.
+// Enqueues the merge of the pieces of every row that was cut into params.out.
 void combine_splits(const Params& params, cudaStream_t stream);
 
 // Enqueues the writing of `count` host values to device memory. They travel in the launches: unlike

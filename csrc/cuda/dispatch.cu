@@ -144,6 +144,7 @@ struct Plan {
   Variant variant;
   KernelInfo info;
   int num_splits;
+  TailParams tail;
   int64_t num_m_blocks;
 
   [[nodiscard]] std::string name() const {
@@ -155,7 +156,7 @@ struct Plan {
   [[nodiscard]] std::string describe() const {
     return name() + ", " + std::to_string(info.block_m) + " x " + std::to_string(info.block_n) +
            ", " + std::to_string(num_splits) + (num_splits == 1 ? " split" : " splits") +
-           (copies_bias ? ", copies pse_shift" : "") +
+           (tail.blocks > 0 ? ", last round cut" : "") + (copies_bias ? ", copies pse_shift" : "") +
            (why_not_sm90.empty() ? "" : ", not sm90: " + why_not_sm90);
   }
 };
@@ -178,6 +179,20 @@ int choose_splits(const Problem& problem, const Plan& plan, int device, const De
   return splits_that_fill(blocks, slots, std::clamp<int64_t>(most, 1, kMaxSplits));
 }
 
+// Of kernels whose blocks of threads stay: see sm90/launch.cuh.
+TailParams choose_tail(const Problem& problem, const Plan& plan, const Device& gpu) {
+  const bool has_lengths = problem.seqused_q != nullptr || problem.seqused_k != nullptr ||
+                           problem.device_seqused_q.data != nullptr ||
+                           problem.device_seqused_k.data != nullptr;
+  const bool sees_all = problem.band.lo <= -Band::kUnbounded &&
+                        problem.band.hi >= Band::kUnbounded && problem.mask.data == nullptr;
+  if (has_lengths || !sees_all || plan.num_splits > 1 || forced_splits() > 0) return {};
+  return tail_that_pays(problem.batch * problem.num_heads * plan.num_m_blocks,
+                        gpu.multiprocessors / plan.info.multiprocessors,
+                        ceil_div(problem.seqlen_k, plan.info.block_n), plan.info.block_m,
+                        plan.kernels.head_dim);
+}
+
 Plan make_plan(const Problem& problem, int device) {
   const Device& gpu = Device::of(device);
   if (gpu.compute_capability < 80) {
@@ -198,6 +213,7 @@ Plan make_plan(const Problem& problem, int device) {
   plan.info = plan.kernels.info(plan.variant);
   plan.num_m_blocks = ceil_div(problem.seqlen_q, plan.info.block_m);
   plan.num_splits = choose_splits(problem, plan, device, gpu);
+  if (is_sm90) plan.tail = choose_tail(problem, plan, gpu);
   return plan;
 }
 
@@ -218,12 +234,12 @@ class Launcher {
     params.seqused_k = lengths(problem_.seqused_k, problem_.device_seqused_k);
     if (plan_.variant.dense) params.mask = packed_mask();
     if (plan_.copies_bias) params.bias = copied_bias();
-    if (plan_.num_splits > 1) params.split = split_params();
+    params.split = split_params();
     if (plan_.kernels.transposes_values) params.v = transposed_values(params);
     const int64_t blocks =
         problem_.batch * problem_.num_heads * plan_.num_m_blocks * plan_.num_splits;
     plan_.kernels.launch(plan_.variant, params, blocks, resources_.device, stream_);
-    if (plan_.num_splits > 1) combine_splits(params, stream_);
+    if (params.split.rows > 0) combine_splits(params, stream_);
   }
 
  private:
@@ -276,9 +292,18 @@ class Launcher {
   [[nodiscard]] SplitParams split_params() const {
     SplitParams split;
     split.count = plan_.num_splits;
+    split.parts = plan_.num_splits;
     split.channels = plan_.kernels.head_dim;
-    const int64_t parts =
-        problem_.batch * problem_.num_heads * problem_.seqlen_q * plan_.num_splits;
+    split.tail = plan_.tail;
+    if (split.tail.blocks > 0) {
+      split.parts = static_cast<int>(most_pieces(split.tail.tiles, split.tail.share));
+      split.rows = int64_t{split.tail.blocks} * split.tail.block_m;
+    } else if (split.count > 1) {
+      split.rows = problem_.batch * problem_.num_heads * problem_.seqlen_q;
+    } else {
+      return split;
+    }
+    const int64_t parts = split.rows * split.parts;
     const int64_t sums = parts * split.channels;  // floats
     constexpr int64_t kStatsBytes = sizeof(float2), kSumBytes = sizeof(float);
     split.out = static_cast<float*>(allocate(sums * kSumBytes + parts * kStatsBytes));
@@ -300,7 +325,13 @@ void forward(const Problem& problem, const Resources& resources) {
 
 Choice choose(const Problem& problem, int device) {
   const Plan plan = make_plan(problem, device);
-  return {plan.name(), plan.info.block_m, plan.info.block_n, plan.num_splits, plan.why_not_sm90};
+  return {plan.name(),
+          plan.info.block_m,
+          plan.info.block_n,
+          plan.num_splits,
+          static_cast<int>(plan.tail.blocks),
+          static_cast<int>(plan.tail.share),
+          plan.why_not_sm90};
 }
 
 std::string architectures() {

@@ -26,6 +26,8 @@ struct Choice {
   int block_m = 0;     // query rows of a block
   int block_n = 0;     // keys of a tile: the granularity at which an int8 P is rounded
   int num_splits = 1;  // pieces that the keys of a block are cut into
+  int cut_blocks = 0;  // of the last blocks alone that are cut, into equal shares of their tiles
+  int cut_tiles = 0;   // such a share: it may begin in one block and end in the next
   // On a GPU of compute capability 9.0, such as "int8". Without a semicolon.
   std::string why_not_sm90;
 };
@@ -33,7 +35,8 @@ struct Choice {
 // Enqueues everything that writes problem.out and returns; never synchronises. Throws
 // std::runtime_error naming the kernel when a launch is refused. Capturable in a CUDA graph.
 // PFA_LOG=debug says what is taken. PFA_NUM_SPLITS overrides the number of splits; 1 makes a row's
-// bits independent of how many other rows, heads and batch elements the call has.
+// bits independent of how many other rows, heads and batch elements the call has, and of its place
+// among them.
 void forward(const Problem& problem, const Resources& resources);
 
 // What forward would take on the current device.

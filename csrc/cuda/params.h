@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../problem.h"
+#include "fragment.cuh"
 
 namespace pfa::cuda {
 
@@ -52,13 +53,36 @@ struct BiasParams {
   bool vectorised = false;
 };
 
-// A block writes its unnormalised output here when its keys are cut into several splits. Rows are
-// those of (batch, num_heads, seqlen_q).
+// The last blocks of work, when they would leave some of the GPU idle: their tiles of keys,
+// numbered from the first block's to the last one's, are handed out in equal shares, each to one
+// worker.
+struct TailParams {
+  int64_t first = 0;    // block of work that is cut
+  uint32_t blocks = 0;  // from there on, all that are left; 0: none is cut
+  uint32_t tiles = 0;   // of each of them
+  uint32_t share = 0;   // tiles of a worker, fewer than those of a block
+  int block_m = 0;
+
+  // The worker that has the first tile of a block of the tail. Its other pieces are those of the
+  // workers that follow.
+  [[nodiscard]] PFA_HOST_DEVICE uint32_t first_worker(uint32_t block) const {
+    return block * tiles / share;
+  }
+  [[nodiscard]] PFA_HOST_DEVICE int pieces(uint32_t block) const {
+    return static_cast<int>((block * tiles + tiles - 1) / share - first_worker(block)) + 1;
+  }
+};
+
+// A block writes its unnormalised output here when its keys are cut. Rows are those of (batch,
+// num_heads, seqlen_q), or of the blocks of the tail.
 struct SplitParams {
-  int count = 1;
-  int channels = 0;         // of a row of out: the kernel's head_dim, whole vectors
-  float* out = nullptr;     // (row, count, channels)
-  float2* stats = nullptr;  // (row, count): maximum of the scores, and sum
+  int count = 1;     // splits of every block
+  int parts = 1;     // that a row has room for: count, or the most pieces of a block
+  int channels = 0;  // of a row of out: the kernel's head_dim, whole vectors
+  int64_t rows = 0;
+  float* out = nullptr;     // (row, part, channels)
+  float2* stats = nullptr;  // (row, part): maximum of the scores, and sum
+  TailParams tail;          // where count is 1
 };
 
 struct Params {

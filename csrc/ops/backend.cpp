@@ -68,12 +68,12 @@ void run(const Arguments& args, const Call& call) {
 
 std::string choice_of(const Arguments& args, const Call& call) {
   if (call.nothing_to_compute) {
-    return call.backend == Backend::kCpu ? "cpu;none;0;0;0;" : "cuda;none;0;0;0;";
+    return call.backend == Backend::kCpu ? "cpu;none;0;0;0;0;0;" : "cuda;none;0;0;0;0;0;";
   }
   if (call.backend == Backend::kCuda) return "cuda;" + choice_of_cuda(args.query, call.problem);
   const cpu::Choice taken = cpu::choose(call.problem);
   return "cpu;" + taken.isa + ";" + std::to_string(taken.block_m) + ";" +
-         std::to_string(taken.block_n) + ";1;";
+         std::to_string(taken.block_n) + ";1;0;0;";
 }
 
 }  // namespace pfa

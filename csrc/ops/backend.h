@@ -16,7 +16,8 @@ namespace pfa {
 // Writes call.out. The CUDA backend has then enqueued it on the current stream of query's device.
 void run(const Arguments& args, const Call& call);
 
-// What run would take: "backend;kernel;block_m;block_n;num_splits;why_not_sm90".
+// What run would take: "backend;kernel;block_m;block_n;num_splits;cut_blocks;
+// cut_tiles;why_not_sm90".
 [[nodiscard]] std::string choice_of(const Arguments& args, const Call& call);
 
 }  // namespace pfa

@@ -86,6 +86,7 @@ std::string choice_of_cuda(const Tensor& query, const Problem& problem) {
   const cuda::Choice choice = cuda::choose(problem, device_of(query));
   return choice.kernel + ";" + std::to_string(choice.block_m) + ";" +
          std::to_string(choice.block_n) + ";" + std::to_string(choice.num_splits) + ";" +
+         std::to_string(choice.cut_blocks) + ";" + std::to_string(choice.cut_tiles) + ";" +
          choice.why_not_sm90;
 }
 

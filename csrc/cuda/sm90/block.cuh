@@ -13,14 +13,21 @@ namespace pfa::cuda::sm90 {
 struct Arguments {
   Params params;
   TensorMaps maps;
-  uint32_t blocks;  // of query rows, heads, batch elements and splits
+  uint32_t blocks;  // of query rows, heads, batch elements and splits, without those of the tail
   // Heads, of all batch elements, whose blocks are done together, those with most keys first; 0:
   // blocks come in the order of their numbers.
   uint32_t section;
 };
 
-using BlockIndex = BlockIndexOf<uint32_t>;
+struct BlockIndex : BlockIndexOf<uint32_t> {
+  uint32_t cut;  // its number among those of the tail, or kWhole
+
+  static constexpr uint32_t kWhole = ~0u;
+};
 using Sequence = SequenceOf<int>;
+
+template <class T>
+struct Work;
 
 // The blocks of work of this block of threads, or of the `kSlices` that share them. Results do not
 // depend on who computes what.
@@ -35,8 +42,8 @@ class Schedule {
     if (a_.section == 0) {
       const uint32_t index =
           static_cast<uint32_t>(p.first_block) + worker() + iteration * workers();
-      if (index >= a_.blocks) return false;
-      block = decode_block(p, index);
+      if (index >= a_.blocks) return find_piece((index - a_.blocks) / workers(), block);
+      block = {decode_block(p, index), BlockIndex::kWhole};
       return true;
     }
     // There and back: who had the longest of one round has the shortest of the next.
@@ -54,12 +61,44 @@ class Schedule {
     block.head = static_cast<int>(head - block.b * num_heads);
     block.m_block = m_blocks - 1 - step;
     block.split = 0;
+    block.cut = BlockIndex::kWhole;
     return true;
+  }
+
+  // Which of its block's tiles this worker computes, and where in the workspace, if anywhere, its
+  // sums go. Only a block that sees all keys is ever cut.
+  template <class T>
+  __device__ static void share(const Params& p, const BlockIndex& block, Work<T>& work) {
+    work.split = block.split;
+    work.range = work.sequence.template tiles<T::kBlockN>(block.split, p.split.count);
+    work.split_row = Work<T>::kNone;
+    if (p.split.count > 1) {
+      work.split_row =
+          (int64_t{work.b} * p.num_heads + work.head) * p.seqlen_q + work.sequence.row_begin;
+    } else if (block.cut != BlockIndex::kWhole) {
+      const TailParams& tail = p.split.tail;
+      const uint32_t first = block.cut * tail.tiles, begin = worker() * tail.share;
+      work.split = static_cast<int>(worker() - tail.first_worker(block.cut));
+      work.range.begin = static_cast<int>(max(begin, first) - first);
+      work.range.end = static_cast<int>(min(begin + tail.share - first, tail.tiles));
+      work.split_row = int64_t{block.cut} * T::kBlockM;
+    }
   }
 
  private:
   [[nodiscard]] __device__ static uint32_t worker() { return blockIdx.x / kSlices; }
   [[nodiscard]] __device__ static uint32_t workers() { return gridDim.x / kSlices; }
+
+  // A worker's pieces of the tail: the end of one block and the start of the next, or one.
+  __device__ bool find_piece(uint32_t which, BlockIndex& block) const {
+    const TailParams& tail = a_.params.split.tail;
+    if (tail.blocks == 0) return false;
+    const uint32_t begin = worker() * tail.share;
+    block.cut = begin / tail.tiles + which;
+    if (block.cut >= tail.blocks || block.cut * tail.tiles >= begin + tail.share) return false;
+    block = {decode_block(a_.params, static_cast<uint32_t>(tail.first) + block.cut), block.cut};
+    return true;
+  }
 
   const Arguments& a_;
 };
@@ -77,8 +116,8 @@ struct Visit {
   [[nodiscard]] __device__ bool has_bits() const { return (word & 1) != 0; }
 };
 
-// Tiles that a warpgroup's rows see. What is to be done to the scores of some tiles alone is done to
-// those that are not full; where it concerns all tiles, none is.
+// Tiles that a warpgroup's rows see. What is to be done to the scores of some tiles alone is done
+// to those that are not full; where it concerns all tiles, none is.
 struct OwnRange : TileRange {
   int narrow;           // the last tile, if it is computed as if it had fewer keys, or kNone
   int narrow_keys;      // so many
@@ -96,8 +135,9 @@ struct Work {
   Sequence sequence;
   int iteration;  // of this block of threads; kNone: no work is left
   int b, head, split;
-  Visit first;   // of a dense mask
-  bool careful;  // keys that a row does not see must not reach it, whatever stands in K and V
+  int64_t split_row;  // first row in the workspace, to which the sums go; kNone: they are whole
+  Visit first;        // of a dense mask
+  bool careful;       // keys that a row does not see must not reach it, whatever stands in K and V
 
   static constexpr int kNone = -1;
 };

@@ -19,7 +19,7 @@ class Epilogue {
                                bool second) {
     const Epilogue epilogue(p, work);
     consumer.softmax.finalise();
-    if (p.split.count > 1) {
+    if (work.split_row != Work<T>::kNone) {
       for_rows([&](int r) { epilogue.store_split(consumer, r, second); });
     } else if (p.out.vectorised && p.head_dim == T::kHeadDim) {
       epilogue.template store_rows<true>(consumer, second);
@@ -190,10 +190,7 @@ class Epilogue {
   __device__ void store_split(const Consumer& consumer, int r, bool second) const {
     const float sum = consumer.softmax.row_sum[0][r];
     if (row_of(r) >= work_.sequence.rows || (second && sum != sum)) return;
-    const int64_t at = ((work_.b * p_.num_heads + work_.head) * p_.seqlen_q +
-                        work_.sequence.row_begin + row_of(r)) *
-                           p_.split.count +
-                       work_.split;
+    const int64_t at = (work_.split_row + row_of(r)) * p_.split.parts + work_.split;
     const int channel = first_channel<T>();
     if (lane_ % 4 == 0 && channel == 0) {
       p_.split.stats[at] = make_float2(consumer.softmax.row_max[0][r], sum);

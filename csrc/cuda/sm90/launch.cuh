@@ -93,14 +93,15 @@ void launch(const Variant& variant, const Params& params, int64_t blocks, int de
     a.params.band.hi = std::min(params.band.hi, kFarthest);
     a.maps = make_tensor_maps(
         params, {T::kBoxColumns, T::kBlockM, T::kBlockN, T::kRowsV, T::Element::kBytes});
-    a.blocks = static_cast<uint32_t>(blocks);
+    const TailParams& tail = params.split.tail;
+    a.blocks = static_cast<uint32_t>(tail.blocks > 0 ? tail.first : blocks);
     const bool stays = is_uniform(params);
     const int workers = Device::of(device).multiprocessors / T::kSlices;
     if (stays && depends_on_rows(params)) a.section = heads_of_section(params, workers);
     const int64_t most = stays ? workers : kMaxGrid / T::kSlices;
     do {
       const int64_t left = blocks - a.params.first_block;
-      const auto grid = static_cast<unsigned>(left < most ? left : most);
+      const auto grid = static_cast<unsigned>(left < most && tail.blocks == 0 ? left : most);
       if (!stays) a.blocks = static_cast<uint32_t>(a.params.first_block + grid);
       launch_workers<T>(a, grid, stream);
       a.params.first_block += grid;

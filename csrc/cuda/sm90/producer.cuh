@@ -86,10 +86,9 @@ class Producer {
       work.iteration = iteration;
       work.b = static_cast<int>(block.b);
       work.head = block.head;
-      work.split = block.split;
       work.careful = suspects_.has_begun();
       work.sequence = rows;
-      work.range = rows.template tiles<T::kBlockN>(block.split, a_.params.split.count);
+      Schedule<T::kSlices>::share(a_.params, block, work);
     }
     __syncwarp();
     const int warpgroup = static_cast<int>(threadIdx.x % kWarp);

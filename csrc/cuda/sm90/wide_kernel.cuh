@@ -21,9 +21,8 @@ __device__ void for_each_block(const Arguments& a, const Suspects<T>& suspects, 
       work.iteration = iteration;
       work.b = static_cast<int>(block.b);
       work.head = block.head;
-      work.split = block.split;
       work.sequence = Sequence::of<T::kBlockM>(a.params, block);
-      work.range = work.sequence.template tiles<T::kBlockN>(block.split, a.params.split.count);
+      Schedule<T::kSlices>::share(a.params, block, work);
       step(work, second);
     }
     if (second) return;
