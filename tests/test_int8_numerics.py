@@ -90,6 +90,21 @@ def test_extreme_scales(forward, request, deq1, p_scale):
     check(forward(*call.args, **call.options), call)
 
 
+@pytest.mark.parametrize("deq1", [1e-4, -1e-4])
+@pytest.mark.parametrize("mode", [0, 3])
+@pytest.mark.parametrize("dim", [64, 128, 384, 512])
+def test_numbers_of_keys_in_a_last_tile(forward, dim, mode, deq1):
+    """Hopper's kernels compute no more of it than 32, 64 or 128 keys where those are enough."""
+    lengths = [1, 32, 33, 64, 65, 128, 129, 200, 257, 288, 289, 352, 384, 385, 480, 577, 640]
+    shape = (len(lengths), 1, max(lengths), dim)
+    q = random_int8(*shape[:2], 70, dim, seed=1)
+    k, v = random_int8(*shape, seed=2), random_int8(*shape, seed=3)
+    mask = torch.ones(2048, 2048, dtype=torch.bool).triu(1) if mode == 3 else None
+    options = {"sparse_mode": mode, "atten_mask": mask, "actual_seq_lengths_kv": lengths}
+    call = int8_call(q, k, v, deq1=deq1, **options)
+    check(forward(*call.args, **call.options), call)
+
+
 @pytest.mark.parametrize("dim", [64, 128, 512])
 def test_integers_of_one_maximum_do_not_overflow(forward, monkeypatch, dim):
     """133,000 keys of equal score: as int32 alone, the sum of P V would be beyond 2^31."""

@@ -43,15 +43,16 @@ class Consumer {
     clear();
     for (enter(); !is_over();) {
       skip_to(own().begin);
+      bool entered = false;
       if (has_tile()) {
-        run_chain(store, carried);
+        entered = run_chain(store, carried);
       } else {
         leave_q();
-        const Work<T>& done = shared_.work(q_.before());
-        skip_to(done.range.end);
-        hand_over(store, done);
-        enter();
       }
+      const Work<T>& done = shared_.work(q_.before());
+      if (!entered) skip_to(done.range.end);
+      hand_over(store, done);
+      if (!entered) enter();
     }
     leave_q();
   }
@@ -136,9 +137,10 @@ class Consumer {
 
   // From a tile that this warpgroup computes on to the end of its block. Where the next block
   // begins with such a tile too, it goes on with that one: its first Q K^T is under way while the
-  // sums of this one are stored.
+  // sums of this one are stored. Those of the last block are left to be; returns whether the one
+  // after it has been entered.
   template <class Store>
-  __device__ __forceinline__ void run_chain(const Store& store, Carried& carried) {
+  __device__ __forceinline__ bool run_chain(const Store& store, Carried& carried) {
     Scores<T> s;
     Probabilities<T> p;
     wait_for_keys();
@@ -163,11 +165,8 @@ class Consumer {
         pass_turn();
         ptx::wgmma_wait<0>();
         finish_values(v);
-        if (skips) skip_to(shared_.work(done).range.end);
         carried.finish(acc_o);
-        hand_over(store, shared_.work(done));
-        if (T::kStagesQ == 1 || skips) enter();
-        return;
+        return T::kStagesQ > 1 && !skips;
       }
       start_last_values(v, p, last_keys);
       start_scores(s);
