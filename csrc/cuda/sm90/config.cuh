@@ -84,7 +84,7 @@ struct Traits {
   // When its Q K^T is done: products of int8 are so short beside the softmax that warpgroups which
   // have theirs at the same time fall into step. Predicted 14 % faster at D128.
   static constexpr bool kEndsTurnLate = kIsInteger;
-  static constexpr int kTilesS = kBlockN / 8;   // 8-key accumulators of a warp
+  static constexpr int kTilesS = kBlockN / 8;  // 8-key accumulators of a warp
   // A last tile is computed as if it had 32, 64 or 128 keys where those are enough, up to these.
   static constexpr bool kNarrows = kIsInteger && !kIsDense && !kHasBias && kColumns < 256;
   static constexpr int kMostNarrow = !kNarrows ? 0 : kBlockN > 128 ? 128 : 64;

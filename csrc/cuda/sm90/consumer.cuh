@@ -180,8 +180,8 @@ class Consumer {
     }
   }
 
-  // The tiles from this one on but for the last P V, whose number of keys it returns. s has the sums
-  // of the first one.
+  // The tiles from this one on but for the last P V, whose number of keys it returns. s has the
+  // sums of the first one.
   __device__ __forceinline__ int multiply(Scores<T>& s, Probabilities<T>& p, Carried& carried) {
     Bits bits;
     float alpha[1][2];
@@ -223,7 +223,8 @@ class Consumer {
 
   // A tile after the first one: its scores beside P V of the one before, and their softmax.
   template <int kTiles>
-  __device__ __forceinline__ void follow(Scores<T, kTiles>& s, Probabilities<T>& p, Carried& carried) {
+  __device__ __forceinline__ void follow(Scores<T, kTiles>& s, Probabilities<T>& p,
+                                         Carried& carried) {
     Bits bits;
     float alpha[1][2];
     const bool has_bits = load_bits(bits);
@@ -329,7 +330,8 @@ class Consumer {
 
   // From the sums of this tile to its scores; K's buffer is given back.
   template <int kTiles>
-  __device__ __forceinline__ void finish_scores(Scores<T, kTiles>& s, bool has_bits, const Bits& bits) {
+  __device__ __forceinline__ void finish_scores(Scores<T, kTiles>& s, bool has_bits,
+                                                const Bits& bits) {
     scores_.convert(s);
     if constexpr (T::kHasBias) {
       scores_.add_bias(s, shared_.bias(k_), !kIsInteger && is_careful());
@@ -365,8 +367,8 @@ class Consumer {
     ptx::wgmma_commit();
   }
 
-  __device__ __forceinline__ void start_last_values(Turn<T::kStages> turn, const Probabilities<T>& p,
-                                    int keys) {
+  __device__ __forceinline__ void start_last_values(Turn<T::kStages> turn,
+                                                    const Probabilities<T>& p, int keys) {
     if (keys < T::kBlockN) {
       of_keys<32>(keys, [&](auto narrow) { start_values<narrow>(turn, p); });
     } else {

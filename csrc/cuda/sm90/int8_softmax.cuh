@@ -220,7 +220,7 @@ class IntegerSoftmax : public Softmax<1> {
 
   template <int kTiles, class Pack4>
   __device__ __forceinline__ static void pack(Probabilities<T>& p, const Scores<T, kTiles>& s,
-                              const Pack4& pack4) {
+                                              const Pack4& pack4) {
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {  // 16 keys
 #pragma unroll

@@ -122,8 +122,8 @@ class ScoreStep {
 
   // Tile n, which the left or the right edge of the band crosses, or both.
   template <int kTiles>
-  __device__ __forceinline__ void mask_band(Scores<T, kTiles>& s, const Sequence& sequence, int n, bool left,
-                            bool right) const {
+  __device__ __forceinline__ void mask_band(Scores<T, kTiles>& s, const Sequence& sequence, int n,
+                                            bool left, bool right) const {
     const int lane = static_cast<int>(recomputed(threadIdx.x) % kWarp);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
