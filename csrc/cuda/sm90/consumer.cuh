@@ -12,6 +12,7 @@
 #include "int8_softmax.cuh"
 #include "int8_sums.cuh"
 #include "int8_wgmma.cuh"
+#include "isolation.cuh"
 #include "lazy_softmax.cuh"
 
 namespace pfa::cuda::sm90 {
@@ -121,10 +122,12 @@ class Consumer {
   __device__ void skip_to(int end) {
     for (; n() < end; advance()) {
       ptx::mbarrier_wait(shared_.full_k(k_), k_.parity());
+      __syncwarp();
       release(shared_.empty_k(k_));
       wait_for_turn();
       pass_turn();
       ptx::mbarrier_wait(shared_.full_v(k_), k_.parity());
+      __syncwarp();
       release(shared_.empty_v(k_));
       k_.advance();
     }
@@ -255,12 +258,13 @@ class Consumer {
   }
 
   // Tells the producer that this warp does not read a buffer any more. Its lanes have all waited
-  // for the products that did.
+  // for products or each other: one that still waited for the buffer might miss that it was full.
   __device__ static void release(uint32_t empty) {
     if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(empty);
   }
 
   __device__ void leave_q() {
+    __syncwarp();
     release(shared_.empty_q(q_));
     q_.advance();
   }
@@ -274,7 +278,7 @@ class Consumer {
   __device__ void wait_for_keys() {
     ptx::mbarrier_wait(shared_.full_k(k_), k_.parity());
     if constexpr (!kIsInteger) {
-      if (!is_full() && is_careful()) isolate_nonfinite_values();
+      if (!is_full() && is_careful()) isolate_nonfinite_values(shared_, k_);
     }
   }
 
@@ -380,38 +384,6 @@ class Consumer {
   __device__ void finish_values(Turn<T::kStages> v) {
     hold(acc_o[0]);
     release(shared_.empty_v(v));
-  }
-
-  // 0 * NaN is NaN: a key that a row does not see must not enter P V with an infinity or a NaN. So
-  // the rows of V that have one become zeros and those keys NaN, which scores carry to the rows
-  // that see them. Only for the rare second run of a block.
-  __device__ void isolate_nonfinite_values() {
-    ptx::mbarrier_wait(shared_.full_v(k_), k_.parity());  // V's ring turns like K's
-    const int first = static_cast<int>(threadIdx.x) - kWarpgroup;
-    char* v = Shared<T>::pointer(shared_.v(k_));
-    char* k = Shared<T>::pointer(shared_.k(k_));
-#pragma unroll 1
-    for (int key = first; key < T::kBlockN; key += T::kConsumerThreads) {
-      bool found = false;
-#pragma unroll 1
-      for (int i = 0; i < T::kBoxes * T::kBoxChunks; ++i) {
-        const uint4 x = *reinterpret_cast<const uint4*>(v + chunk_of(key, i));
-        found |= has_nonfinite<Element>(x.x) || has_nonfinite<Element>(x.y) ||
-                 has_nonfinite<Element>(x.z) || has_nonfinite<Element>(x.w);
-      }
-#pragma unroll 1
-      for (int i = 0; found && i < T::kBoxes * T::kBoxChunks; ++i) {
-        *reinterpret_cast<uint4*>(v + chunk_of(key, i)) = make_uint4(0, 0, 0, 0);
-        *reinterpret_cast<uint4*>(k + chunk_of(key, i)) = make_uint4(~0u, ~0u, ~0u, ~0u);
-      }
-    }
-    ptx::fence_async_proxy();
-    ptx::barrier_sync(kAllConsumers, T::kConsumerThreads);
-  }
-
-  // A key's chunk i, in the order in which they lie there.
-  __device__ static int chunk_of(int key, int i) {
-    return i / T::kBoxChunks * T::kBoxK + key * T::kBoxRowBytes + i % T::kBoxChunks * kChunkBytes;
   }
 
   const Params& p_;
