@@ -71,10 +71,15 @@ struct Traits {
   static constexpr int kConsumers = kTile.consumers();
   static constexpr int kConsumerThreads = kConsumers * kWarpgroup;
   static constexpr int kThreads = kConsumerThreads + kWarpgroup;
-  // Of a thread; multiples of 8, which add up to what a multiprocessor has. Who looks for tiles of
-  // a dense mask needs more than 32.
-  static constexpr int kProducerRegisters = kConsumers == 2 && (kIsDense || !kIsInteger) ? 40 : 32;
-  static constexpr int kConsumerRegisters = (512 - kProducerRegisters) / kConsumers / 8 * 8;
+  // Of a thread; multiples of 8. All warpgroups together may have as many as the block had at its
+  // launch: who asks for more waits forever. Who looks for tiles of a dense mask needs more
+  // than 32.
+  static constexpr int kLaunchRegisters = (1 << 16) / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kConsumers == 3           ? 32
+                                            : kIsInteger && !kIsDense ? 24
+                                                                      : 40;
+  static constexpr int kConsumerRegisters =
+      (kLaunchRegisters * (kConsumers + 1) - kProducerRegisters) / kConsumers / 8 * 8;
   // Blocks of threads that share a block of work: above head_dim 256 O does not fit one. Each
   // computes all of S and a slice of O's columns; they exchange nothing.
   static constexpr int kSlices = kHeadDim > 256 ? 2 : 1;
