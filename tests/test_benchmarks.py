@@ -217,16 +217,18 @@ class Schema:
         names = [argument.name for argument in self._schema.arguments]
         given = dict(zip(names, values, strict=True))
         self.given = given
-        q, k, v = (given[x].float().transpose(1, 2) for x in "qkv")
+        batch = len(given["cu_seqlens_q"]) - 1
+        q, k, v = (given[x].float().unflatten(0, (batch, -1)).transpose(1, 2) for x in "qkv")
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=given["is_causal"], scale=given["softmax_scale"], enable_gqa=True
         )
-        return [out.transpose(1, 2).half(), out]
+        return [out.transpose(1, 2).flatten(0, 1).half(), out]
 
 
 FA3 = (
     "Tensor! q, Tensor k, Tensor v, Tensor? k_new, Tensor? q_descale, Tensor? k_descale, "
-    "Tensor? v_descale, float softmax_scale, bool is_causal, int window_size_left, "
+    "Tensor? v_descale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int? max_seqlen_q, "
+    "int? max_seqlen_k, float softmax_scale, bool is_causal, int window_size_left, "
     "int window_size_right, float softcap, bool is_rotary_interleaved, int num_splits, "
     "bool? pack_gqa, int sm_margin, Tensor? s_aux, int cp_world_size"
 )

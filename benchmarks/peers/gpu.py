@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,28 @@ def fill(operator: Any, given: dict[str, Any]) -> list[Any]:
     return values
 
 
+def starts(inputs: Inputs, rows: int) -> Tensor:
+    device = inputs.qkv[0].device
+    return torch.arange(inputs.case.batch + 1, dtype=torch.int32, device=device) * rows
+
+
+def from_ragged(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    case = inputs.case
+    shape = (case.batch, case.seqlen, case.heads, case.head_dim)
+    return lambda out: out.view(shape).transpose(1, 2)
+
+
 def make_fa3(operator: Any, fp8: bool, inputs: Inputs) -> Call:
+    """Over ragged rows: vllm's library has no other kernels of 8 bits."""
     case = inputs.case
     only(fp8 == case.dtype.startswith("int8"), "measured beside int8 only" if fp8 else "no int8")
     only(not case.dtype.endswith("-int8"), "no int8 output")
     only(case.pattern in ("full", "causal", "causal-end", "band"), "no such mask, no bias")
     only(case.seqlen == case.seqlen_k or case.pattern != "causal", "causal at the bottom right")
-    q, k, v = (rows_first(x) for x in inputs.qkv)
-    given: dict[str, Any] = {"softmax_scale": inputs.scale, "num_splits": 0}
+    q, k, v = (rows_first(x).flatten(0, 1) for x in inputs.qkv)
+    given: dict[str, Any] = {"softmax_scale": inputs.scale, "num_splits": 1}
+    given |= {"cu_seqlens_q": starts(inputs, case.seqlen), "max_seqlen_q": case.seqlen}
+    given |= {"cu_seqlens_k": starts(inputs, case.seqlen_k), "max_seqlen_k": case.seqlen_k}
     given |= {"is_causal": case.pattern.startswith("causal")}
     given |= {"window_size_left": WINDOW - 1 if case.pattern == "band" else -1}
     given |= {"window_size_right": 0 if case.pattern == "band" else -1}
@@ -115,7 +130,7 @@ def make_fa3(operator: Any, fp8: bool, inputs: Inputs) -> Call:
         given |= {"q_descale": one, "k_descale": one, "v_descale": one}
     values = fill(operator, given | {"q": q, "k": k, "v": v})
     tolerance = 0.15 if fp8 else 0.0  # 3 bits of mantissa
-    return Call(lambda: operator(*values)[0], lambda out: out.transpose(1, 2), tolerance=tolerance)
+    return Call(lambda: operator(*values)[0], from_ragged(inputs), tolerance=tolerance)
 
 
 def make_flashinfer(flashinfer: Any, inputs: Inputs) -> Call:
@@ -127,13 +142,9 @@ def make_flashinfer(flashinfer: Any, inputs: Inputs) -> Call:
     q, k, v = (rows_first(x).flatten(0, 1) for x in inputs.qkv)
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
     wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
-
-    def starts(rows: int) -> Tensor:
-        return torch.arange(case.batch + 1, dtype=torch.int32, device=q.device) * rows
-
     wrapper.plan(
-        starts(case.seqlen),
-        starts(case.seqlen_k),
+        starts(inputs, case.seqlen),
+        starts(inputs, case.seqlen_k),
         case.heads,
         case.heads_k,
         case.head_dim,
@@ -142,8 +153,7 @@ def make_flashinfer(flashinfer: Any, inputs: Inputs) -> Call:
         sm_scale=inputs.scale,
         q_data_type=inputs.dtype,
     )
-    shape = (case.batch, case.seqlen, case.heads, case.head_dim)
-    return Call(lambda: wrapper.run(q, k, v), lambda out: out.view(shape).transpose(1, 2))
+    return Call(lambda: wrapper.run(q, k, v), from_ragged(inputs))
 
 
 def make_sage(sageattention: Any, inputs: Inputs) -> Call:
