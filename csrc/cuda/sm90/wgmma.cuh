@@ -18,9 +18,11 @@ struct Descriptor {
   uint32_t low;
 
   // Of the tile at a multiple of 8 rows. `block_bytes`: from one block of kRowBytes columns to the
-  // next, for an operand that is read transposed; otherwise ignored.
+  // next, for an operand that is read transposed; otherwise ignored. An address has 18 bits: above
+  // them it carries the block's rank in its cluster, which must not reach block_bytes.
   __device__ static Descriptor of(uint32_t shared, int block_bytes) {
-    return of_chunk(shared >> 4, block_bytes);
+    constexpr uint32_t kAddressBits = (1 << 18) - 1;
+    return of_chunk((shared & kAddressBits) >> 4, block_bytes);
   }
   __device__ static Descriptor of_chunk(uint32_t shared, int block_bytes) {
     return {shared + (static_cast<uint32_t>(block_bytes >> 4) << 16)};

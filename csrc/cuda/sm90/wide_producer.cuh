@@ -107,11 +107,8 @@ class WideProducer {
       fill(T::kBoxesChunkV * T::kBoxV, [&](uint32_t slot, uint32_t full) {
 #pragma unroll
         for (int box = 0; box < T::kBoxesChunkV; ++box) {
-          // The elected lane's number is 0. It keeps ptxas from adding in uniform registers to a
-          // copy of `half`, which on an H100 gave the columns of the first half.
-          const int zero = static_cast<int>(threadIdx.x % kWarp);
           ptx::tma_load(slot + box * T::kBoxV, &a_.maps.v, full,
-                        half * T::kColumns + box * T::kBoxColumns + zero,
+                        half * T::kColumns + box * T::kBoxColumns,
                         at(n * T::kBlockN + chunk * T::kRowsV, v.row), at(head_k_, v.head),
                         at(batch_, v.batch));
         }
