@@ -15,6 +15,9 @@ namespace pfa::cuda::sm90 {
 constexpr int kWarpgroup = 128;  // threads
 constexpr int kSharedLimit = 227 * 1024;
 
+// Of a thread, of a block that has the multiprocessor for itself.
+constexpr int launch_registers(int threads) { return (1 << 16) / threads / 8 * 8; }
+
 struct Tile {
   int block_m;  // query rows of a block
   int block_n;  // keys of a tile
@@ -74,7 +77,7 @@ struct Traits {
   // Of a thread; multiples of 8. All warpgroups together may have as many as the block had at its
   // launch: who asks for more waits forever. Who looks for tiles of a dense mask needs more
   // than 32.
-  static constexpr int kLaunchRegisters = (1 << 16) / kThreads / 8 * 8;
+  static constexpr int kLaunchRegisters = launch_registers(kThreads);
   static constexpr int kProducerRegisters = kConsumers == 3           ? 32
                                             : kIsInteger && !kIsDense ? 24
                                                                       : 40;

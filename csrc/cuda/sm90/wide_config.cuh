@@ -33,6 +33,8 @@ struct WideTraits {
   static constexpr int kStagesQ = 1;
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                launch_registers(kThreads) * (kConsumers + 1));
   static constexpr int kColumns = kHeadDim / kSlices;  // of O, in a block of threads
   static constexpr int kTilesS = kBlockN / 8;          // 8-key accumulators of a warp
   static constexpr int kTilesO = kColumns / 8;         // 8-channel accumulators of a warp
