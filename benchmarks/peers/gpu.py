@@ -63,7 +63,7 @@ def module(name: str, wheel: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        where = f"{VARIABLE}={folder} has no {wheel}" if folder else f"{VARIABLE} is not set"
+        where = f"the folder of {VARIABLE} has no {wheel}" if folder else f"{VARIABLE} is not set"
         raise Missing(f"{error}; {where}") from error
 
 
@@ -111,7 +111,7 @@ def from_ragged(inputs: Inputs) -> Callable[[Tensor], Tensor]:
 
 
 def make_fa3(operator: Any, fp8: bool, inputs: Inputs) -> Call:
-    """Over ragged rows: vllm's library has no other kernels of 8 bits."""
+    """Over ragged rows, never split: vllm's library refuses others, of 8 bits at least."""
     case = inputs.case
     only(fp8 == case.dtype.startswith("int8"), "measured beside int8 only" if fp8 else "no int8")
     only(not case.dtype.endswith("-int8"), "no int8 output")

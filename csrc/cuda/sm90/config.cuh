@@ -95,7 +95,7 @@ struct Traits {
   static constexpr int kTilesS = kBlockN / 8;  // 8-key accumulators of a warp
   // A last tile is computed as if it had 32, 64 or 128 keys where those are enough, up to these.
   static constexpr bool kNarrows = kIsInteger && !kIsDense && !kHasBias && kHeadDim <= 128;
-  static constexpr int kMostNarrow = !kNarrows ? 0 : kBlockN > 128 ? 128 : 64;
+  static constexpr int kMostNarrow = 128;
   static constexpr int kTilesO = kColumns / 8;  // 8-channel accumulators of a warp
 
   // Tiles of q, k and v are boxes of 128 bytes of each row, or 64 where those do not divide it: as
