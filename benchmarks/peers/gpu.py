@@ -63,7 +63,7 @@ def module(name: str, wheel: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        where = f"the folder of {VARIABLE} has no {wheel}" if folder else f"{VARIABLE} is not set"
+        where = f"{VARIABLE}={folder} has no {wheel}" if folder else f"{VARIABLE} is not set"
         raise Missing(f"{error}; {where}") from error
 
 
