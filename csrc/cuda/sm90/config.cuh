@@ -88,10 +88,8 @@ struct Traits {
   static constexpr int kSlices = kHeadDim > 256 ? 2 : 1;
   static constexpr int kCluster = 1;
   static constexpr int kColumns = kHeadDim / kSlices;  // of O, in a block of threads
-  static constexpr bool kTakesTurns = kHeadDim <= 128 || kIsInteger;
-  // When its Q K^T is done: products of int8 are so short beside the softmax that warpgroups which
-  // have theirs at the same time fall into step. Predicted 14 % faster at D128.
-  static constexpr bool kEndsTurnLate = kIsInteger;
+  // Measured on an H100, int8 gains nothing by it.
+  static constexpr bool kTakesTurns = !kIsInteger && kHeadDim <= 128;
   static constexpr int kTilesS = kBlockN / 8;  // 8-key accumulators of a warp
   // A last tile is computed as if it had 32, 64 or 128 keys where those are enough, up to these.
   static constexpr bool kNarrows = kIsInteger && !kIsDense && !kHasBias && kHeadDim <= 128;

@@ -147,6 +147,7 @@ class Consumer {
     Scores<T> s;
     Probabilities<T> p;
     wait_for_keys();
+    begin<T>(s);
     start_scores(s);
     ptx::wgmma_wait<0>();
     hold(s[0]);
@@ -172,6 +173,7 @@ class Consumer {
         return T::kStagesQ > 1 && !skips;
       }
       start_last_values(v, p, last_keys);
+      begin<T>(s);
       start_scores(s);
       pass_turn();
       ptx::wgmma_wait<1>();
@@ -233,13 +235,13 @@ class Consumer {
     const bool has_bits = load_bits(bits);
     wait_for_keys();
     wait_for_turn();
+    if (kTiles < kTilesS || !kBeginsAgain<T>) begin<T>(s);
     start_scores(s);
     const Turn<T::kStages> v = k_.before();
     wait_for_values(v);
     start_values(v, p);
-    if (!T::kEndsTurnLate) pass_turn();
+    pass_turn();
     ptx::wgmma_wait<1>();
-    if (T::kEndsTurnLate) pass_turn();
     hold(s[0]);
     finish_scores(s, has_bits, bits);
     const int changed = exponentiate(s, alpha);
@@ -303,8 +305,7 @@ class Consumer {
     }
   }
 
-  // Warpgroups start their products in turns, so that the softmax of one meets the products of
-  // another.
+  // Products start in turns, so that the softmax of one warpgroup meets those of another.
   __device__ void wait_for_turn() const {
     if constexpr (T::kTakesTurns) ptx::barrier_sync(kTurnOfConsumer + warpgroup(), 2 * kWarpgroup);
   }
@@ -320,7 +321,6 @@ class Consumer {
     constexpr int kStepBytes = 32;
     constexpr int kSteps = T::kBoxRowBytes / kStepBytes;  // of a box
     const Operand q{q_low_}, k = Operand::of_chunk(shared_.chunk_k(k_), 16);
-    if constexpr (kMagicSums<T>) softmax.begin(s);
     hold(s[0]);
     ptx::wgmma_fence();
 #pragma unroll

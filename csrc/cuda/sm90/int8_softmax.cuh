@@ -46,16 +46,6 @@ class IntegerSoftmax : public Softmax<1> {
     is_fused_ = !kMagicSums<T> && steps_ != 0.0f ? 1 : 0;
   }
 
-  // Before the products are added.
-  template <int kTiles>
-  __device__ __forceinline__ static void begin(Scores<T, kTiles>& s) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[0][n][e] = kZeroBits<T>;
-    }
-  }
-
   // Takes the maxima of a tile. Returns whether one has changed: alpha is then what the sums so far
   // are worth now. The first half of s becomes p: see pack().
   template <int kTiles>
@@ -205,13 +195,13 @@ class IntegerSoftmax : public Softmax<1> {
   }
 
   template <int kTiles>
-  __device__ __forceinline__ void fold(Probabilities<T>& p, const Scores<T, kTiles>& s) {
+  __device__ __forceinline__ void fold(Probabilities<T>& p, Scores<T, kTiles>& s) {
     pack(p, s, [](float a, float b, float c, float d) {
       return __byte_perm(Float16::pack(a, b), Float16::pack(c, d), 0x6420);
     });
   }
   template <int kTiles>
-  __device__ __forceinline__ void round(Probabilities<T>& p, const Scores<T, kTiles>& s) {
+  __device__ __forceinline__ void round(Probabilities<T>& p, Scores<T, kTiles>& s) {
     const float scale = read_scale(p_.quant.scale_p);
     pack(p, s, [scale](float a, float b, float c, float d) {
       return quant::pack4<true>(a, b, c, d, scale);
@@ -219,16 +209,37 @@ class IntegerSoftmax : public Softmax<1> {
   }
 
   template <int kTiles, class Pack4>
-  __device__ __forceinline__ static void pack(Probabilities<T>& p, const Scores<T, kTiles>& s,
+  __device__ __forceinline__ static void pack(Probabilities<T>& p, Scores<T, kTiles>& s,
                                               const Pack4& pack4) {
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {  // 16 keys
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const Score<T>*low = &s[0][n][2 * r], *high = &s[0][n + 1][2 * r];
+        Score<T>*low = &s[0][n][2 * r], *high = &s[0][n + 1][2 * r];
         p[n / 4][n % 4 + r] = pack4(get(low[0]), get(low[1]), get(high[0]), get(high[1]));
+        if constexpr (kBeginsAgain<T>) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            begin_again(low[c]);
+            begin_again(high[c]);
+          }
+        }
       }
     }
+  }
+
+  // From p to the bits of kZero, by arithmetic and here: a constant would be moved there just
+  // before the next products, which would wait for it, at half the rate.
+  __device__ __forceinline__ static void begin_again(int32_t& score) {
+    asm volatile(
+        "{\n"
+        ".reg .f32 p;\n"
+        "mov.b32 p, %0;\n"
+        "fma.rn.f32 p, p, 0f00000000, %1;\n"
+        "mov.b32 %0, p;\n"
+        "}\n"
+        : "+r"(score)
+        : "f"(kZero<T>));
   }
 
   // The largest score of a row over the quad. Floats that start from kMagic, of which all but -inf

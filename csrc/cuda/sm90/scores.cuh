@@ -38,9 +38,24 @@ template <class T>
 constexpr int kBelowMagic = T::kHeadDim <= 128 ? 1 << 21 : 0;
 template <class T>
 constexpr int32_t kZeroBits = kMagicBits - kBelowMagic<T>;
+// Whether packing probabilities leaves sums as they start. A bias may be NaN, and so p.
+template <class T>
+constexpr bool kBeginsAgain = kMagicSums<T> && !T::kHasBias;
 // The score of a sum of zero.
 template <class T>
 constexpr float kZero = kMagicSums<T> ? kMagic - kBelowMagic<T> : 0.0f;
+
+// Before products are added.
+template <class T, int kTiles>
+__device__ __forceinline__ void begin(Scores<T, kTiles>& s) {
+  if constexpr (kMagicSums<T>) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[0][n][e] = kZeroBits<T>;
+    }
+  }
+}
 
 // The consumer warp's first row in the block, and its first channel of O.
 __device__ __forceinline__ int first_row() {
