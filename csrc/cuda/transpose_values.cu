@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "transpose_values.h"
+
+#include <algorithm>
+
 #include "check.h"
 #include "fragment.cuh"
-#include "launch.h"
 #include "layout.cuh"
-#include "transpose_values.h"
 
 namespace pfa::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kKeys = 16;     // of a thread: a chunk of each of its channels
-constexpr int kChannels = 4;  // of a thread
+constexpr int kMostThreads = 128;
+constexpr int kKeys = 16;      // of a thread: a chunk of each of its channels
+constexpr int kChannels = 16;  // of a thread: a chunk of each of its keys
 constexpr int kChunks = kTransposedKeys / kKeys;
 
 struct Arguments {
@@ -18,7 +20,7 @@ struct Arguments {
   char* to;
   TransposedValues plan;
   int64_t seqlen_k;
-  int64_t heads, first_item, items;
+  uint32_t heads, first_head;  // the first one counts those of all batch elements before it
   int head_dim;
 };
 
@@ -34,36 +36,42 @@ __device__ __forceinline__ void transpose(const uint32_t (&in)[4], uint32_t (&ou
   out[3] = __byte_perm(high01, high23, 0x7632);
 }
 
-// A thread reads 4 channels of 16 keys; neighbours take the chunks of a cell, then its channels, so
-// that both sides move whole sectors.
-__global__ void __launch_bounds__(kThreads) transpose_kernel(const __grid_constant__ Arguments a) {
-  const int64_t item = a.first_item + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (item >= a.items) return;
-  const int chunk = static_cast<int>(item % kChunks);
-  const int groups = a.plan.channels / kChannels;
-  const int channel = static_cast<int>(item / kChunks % groups) * kChannels;
-  const int64_t cell = item / kChunks / groups % a.plan.cells;
-  const int64_t head = item / kChunks / groups / a.plan.cells;
+// Neighbouring threads take the chunks of a cell, then its channels, so that both sides move whole
+// sectors. V is read once: the L2 is for the cells.
+__global__ void __launch_bounds__(kMostThreads)
+    transpose_kernel(const __grid_constant__ Arguments a) {
+  const int64_t cell = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  if (cell >= a.plan.cells) return;
+  const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+  const int channel = static_cast<int>(threadIdx.x) / kChunks * kChannels;
+  const uint32_t head = a.first_head + blockIdx.y;
   const int64_t first_key = cell * kTransposedKeys + chunk * kKeys;
   const char* from =
       layout::Strided::rows(a.v, head / a.heads, head % a.heads, first_key) + channel;
-  uint32_t rows[kKeys];
+  uint4 rows[kKeys];
 #pragma unroll
   for (int i = 0; i < kKeys; ++i) {
     const bool exists = first_key + i < a.seqlen_k && channel < a.head_dim;
-    rows[i] = exists ? *reinterpret_cast<const uint32_t*>(from + i * a.v.row) : 0;
-  }
-  uint32_t words[kKeys / 4][kChannels];
-#pragma unroll
-  for (int i = 0; i < kKeys / 4; ++i) {
-    const uint32_t keys[4] = {rows[2 * i], rows[2 * i + 1], rows[2 * i + 8], rows[2 * i + 9]};
-    transpose(keys, words[i]);
+    rows[i] = exists ? __ldcs(reinterpret_cast<const uint4*>(from + i * a.v.row)) : uint4{};
   }
   char* to = a.to + (head * a.plan.cells + cell) * (int64_t{kTransposedKeys} * a.plan.channels);
 #pragma unroll
-  for (int i = 0; i < kChannels; ++i) {
-    *reinterpret_cast<uint4*>(to + chunk_offset<kChunks>(channel + i, chunk)) =
-        make_uint4(words[0][i], words[1][i], words[2][i], words[3][i]);
+  for (int first = 0; first < kChannels; first += 4) {
+    const auto word = [&](int key) {
+      const uint4& row = rows[key];
+      return first == 0 ? row.x : first == 4 ? row.y : first == 8 ? row.z : row.w;
+    };
+    uint32_t words[kKeys / 4][4];
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) {
+      const uint32_t keys[4] = {word(2 * i), word(2 * i + 1), word(2 * i + 8), word(2 * i + 9)};
+      transpose(keys, words[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      *reinterpret_cast<uint4*>(to + chunk_offset<kChunks>(channel + first + i, chunk)) =
+          make_uint4(words[0][i], words[1][i], words[2][i], words[3][i]);
+    }
   }
 }
 
@@ -71,20 +79,23 @@ __global__ void __launch_bounds__(kThreads) transpose_kernel(const __grid_consta
 
 StridedTensor transpose_values(const Params& p, const TransposedValues& plan, void* to,
                                cudaStream_t stream) {
+  constexpr int64_t kMostHeads = 65535;  // of a grid's second dimension
   Arguments a{};
   a.v = p.v;
   a.to = static_cast<char*>(to);
   a.plan = plan;
   a.seqlen_k = p.seqlen_k;
-  a.heads = p.num_heads / p.heads_per_group;
+  a.heads = static_cast<uint32_t>(p.num_heads / p.heads_per_group);
   a.head_dim = p.head_dim;
-  a.items = plan.bytes(p) / (kKeys * kChannels);
-  while (a.first_item < a.items) {
-    const int64_t left = (a.items - a.first_item + kThreads - 1) / kThreads;
-    const int64_t grid = left < kMaxGrid ? left : kMaxGrid;
-    transpose_kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(a);
+  const unsigned of_a_cell = plan.channels / kChannels * kChunks;
+  const dim3 threads(of_a_cell, kMostThreads / of_a_cell);
+  const auto blocks = static_cast<unsigned>((plan.cells + threads.y - 1) / threads.y);
+  const int64_t heads = p.batch * a.heads;
+  for (int64_t first = 0; first < heads; first += kMostHeads) {
+    a.first_head = static_cast<uint32_t>(first);
+    const auto left = static_cast<unsigned>(std::min(heads - first, kMostHeads));
+    transpose_kernel<<<dim3(blocks, left), threads, 0, stream>>>(a);
     check(cudaGetLastError(), "launch transpose_values");
-    a.first_item += grid * kThreads;
   }
   StridedTensor v;
   v.data = a.to;
