@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "transpose_values.h"
-
 #include <algorithm>
 
 #include "check.h"
 #include "fragment.cuh"
 #include "layout.cuh"
+#include "transpose_values.h"
 
 namespace pfa::cuda {
 namespace {
