@@ -45,10 +45,12 @@ __device__ void store_channels(const Params& p, char* row, int channel, const Co
 __device__ void store_output(const Params& p, char* row, int channel, int head,
                              const float (&values)[kChannels], float share, bool has_key) {
   if (p.dtype_out == DType::kInt8) {
+    const bool is_one = has_one_output_scale(p.quant);
+    float2 scale = is_one ? output_scale(p.quant, 0) : float2{};
     store_channels<char>(p, row, channel, [&](int c) {
       const int last = min(channel + c, p.head_dim - 1);
-      const float2 scale = output_scale(p.quant, static_cast<int64_t>(head) * p.head_dim + last);
-      const int value = quantise_output(values[c] * share, scale.x, scale.y);
+      if (!is_one) scale = output_scale(p.quant, int64_t{head} * p.head_dim + last);
+      const uint32_t value = quantise_output(values[c] * share, scale.x, scale.y);
       return static_cast<char>(has_key ? value : 0);
     });
   } else if (p.dtype_out == DType::kBFloat16) {

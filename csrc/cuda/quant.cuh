@@ -56,9 +56,15 @@ __device__ __forceinline__ float2 output_scale(const Quant& quant, int64_t chann
   return make_float2(read_scale(quant.scale_out, channel), offset);
 }
 
-// Half to even, saturated; NaN is -128.
-__device__ __forceinline__ int quantise_output(float out, float scale, float offset) {
-  return __float2int_rn(fminf(fmaxf(fmaf(out, scale, offset), -128.0f), 127.0f));
+// Do all channels have the same?
+__device__ __forceinline__ bool has_one_output_scale(const Quant& quant) {
+  const auto is_one = [](const Scale& scale) { return scale.given_by_value || scale.stride == 0; };
+  return is_one(quant.scale_out) && (!quant.offset_out.given() || is_one(quant.offset_out));
+}
+
+// An int8 in the lowest byte, above which there is something: half to even, saturated; NaN is -128.
+__device__ __forceinline__ uint32_t quantise_output(float out, float scale, float offset) {
+  return __float_as_uint(fminf(fmaxf(fmaf(out, scale, offset), -128.0f), 127.0f) + kMagic);
 }
 
 namespace quant {

@@ -176,7 +176,7 @@ class Epilogue {
       const float2* scales = output_scales() + channel;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        const int out = quantise_output(values[i], scales[i].x, scales[i].y);
+        const uint32_t out = quantise_output(values[i], scales[i].x, scales[i].y);
         to[i] = static_cast<char>(has_key ? out : 0);
       }
     }

@@ -47,10 +47,12 @@ class Epilogue {
     char* out = p_.out.data + work_.b * p_.out.batch + work_.head * p_.out.head +
                 (work_.sequence.row_begin + row_) * p_.out.row;
     for_rows([&](int r) {
-      if (p_.dtype_out == DType::kInt8) {
-        store_int8_row<kIsWhole>(consumer, r, second, out);
-      } else {
+      if (p_.dtype_out != DType::kInt8) {
         store_row<kIsWhole>(consumer, r, second, out);
+      } else if (kIsWhole && has_one_output_scale(p_.quant)) {
+        store_int8_row<kIsWhole, false>(consumer, r, second, out);
+      } else {
+        store_int8_row<kIsWhole, true>(consumer, r, second, out);
       }
       out += 8 * p_.out.row;
     });
@@ -114,7 +116,7 @@ class Epilogue {
   }
 
   // A lane holds 2 bytes of each 8 channels: of 32 channels it gets 8 bytes in two swaps.
-  template <bool kIsWhole>
+  template <bool kIsWhole, bool kPerChannel>
   __device__ void store_int8_row(const Consumer& consumer, int r, bool second, char* out) const {
     const float sum = consumer.softmax.row_sum[0][r];
     const bool writes = is_written(r, sum, second);
@@ -124,14 +126,22 @@ class Epilogue {
     const int channel = first_channel<T>() + (is_high ? 16 : 0) + (is_odd ? 8 : 0);
     store_lse(consumer, r, writes);
     out += channel;
+    float2 scales{};
+    if constexpr (!kPerChannel) scales = output_scale(p_.quant, 0);
 #pragma unroll
     for (int n = 0; n < T::kTilesO; n += 4) {
+      if constexpr (kPerChannel) scales = scale_of_lane(first_channel<T>() + 8 * n);
+      const auto quantised = [&](int i, int c) {
+        const int lane = 8 * i + accumulator_column(lane_, c);
+        const float2 scale = kPerChannel ? scale_from(lane, scales) : scales;
+        const float out = get(consumer.acc_o[0][n + i][2 * r + c]) * factor;
+        return quantise_output(out, scale.x, scale.y);
+      };
       uint32_t pairs[2];  // of channels: tiles n and n + 1, then n + 2 and n + 3
-      const float2 scale = scale_of_lane(first_channel<T>() + 8 * n);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint32_t low = quantised(consumer, n + 2 * i, r, factor, scale);
-        const uint32_t high = quantised(consumer, n + 2 * i + 1, r, factor, scale);
+        const uint32_t low = __byte_perm(quantised(2 * i, 0), quantised(2 * i, 1), 0x0040);
+        const uint32_t high = __byte_perm(quantised(2 * i + 1, 0), quantised(2 * i + 1, 1), 0x0040);
         pairs[i] = __byte_perm(low, high, 0x5410) & kept;
       }
       // Lanes 0 1 2 3 hold channels 0 2 4 6 and the next of tiles a b c d. First between lanes 2
@@ -155,20 +165,9 @@ class Epilogue {
     if (channel >= p_.head_dim) return make_float2(0.0f, 0.0f);
     return output_scale(p_.quant, static_cast<int64_t>(work_.head) * p_.head_dim + channel);
   }
-
-  // Two channels of tile n, in the low bytes. scales: scale_of_lane() of the four tiles that it is
-  // one of.
-  __device__ uint32_t quantised(const Consumer& consumer, int n, int r, float factor,
-                                const float2& scales) const {
-    int x[2];
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int lane = n % 4 * 8 + accumulator_column(lane_, c);
-      const float scale = __shfl_sync(0xffffffffu, scales.x, lane);
-      const float offset = __shfl_sync(0xffffffffu, scales.y, lane);
-      x[c] = quantise_output(get(consumer.acc_o[0][n][2 * r + c]) * factor, scale, offset);
-    }
-    return __byte_perm(x[0], x[1], 0x0040);
+  __device__ static float2 scale_from(int lane, const float2& scales) {
+    return make_float2(__shfl_sync(0xffffffffu, scales.x, lane),
+                       __shfl_sync(0xffffffffu, scales.y, lane));
   }
 
   // head_dim is a multiple of 8, but the output may start anywhere.
